@@ -1,0 +1,744 @@
+"""REFUEL: REgressing the RELative FUturE, Algorithm 1 of the paper, and below it the processes that run it.
+
+    python refuel.py --setting toy                                  a laptop, minutes
+    torchrun --nproc_per_node 2 refuel.py --setting toy             the same on two processes
+    torchrun --nproc_per_node 8 refuel.py --setting one             section 4.2
+
+The policy talks with a user (roll-in), the conversation is reset to a turn h and continued a second time, and the
+policy is fitted so that its log-ratio explains the difference of the two conversations' rewards (Eq. 1).
+
+Dimension key: B pairs, T tokens, V vocabulary, H turns, R rows of packed pairs, N response tokens; a leading 2 is
+the pair (y, y').
+"""
+import os
+import shutil
+
+# Read by torch and vLLM when they are imported. One thread a process: several are slower on a small, busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives in this process
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+if not shutil.which("nvidia-smi"):
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # vLLM's CPU engine would compile for minutes
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from types import MethodType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import simulator
+from simulator import BadInput, Dialogue, barrier, in_waves, rank, rollout, world
+
+# ---------------------------------------------------------------------------------------------------------------
+# The inputs of Algorithm 1
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on; every field is a flag (num_prompts is --num-prompts)."""
+
+    setting: str  # toy, one (section 4.2) or two (section 4.3)
+    policy: str  # pi_1: a checkpoint folder or a hub id
+    reference: str  # what win rates and KL are measured against
+    user: str  # who plays the user
+    reward: str  # r(s_{H+1})
+    dataset: str  # where the first prompts come from
+    engine: str  # vllm, transformers, or auto: vllm where it is installed
+    out: str  # the run's folder
+    seed: int
+    iterations: int  # T of Algorithm 1
+    num_prompts: int  # prompts an iteration; each gives at most one pair
+    max_turns: int  # H ~ U(max_turns), section 4.2
+    max_new_tokens: int  # a turn of the assistant
+    max_length: int  # the engine's context: a dialogue that may outgrow it is dropped and counted
+    temperature: float  # of sampling and of ln pi in the loss, which must agree; no top-p, no top-k
+    eta: float  # Eq. 1
+    lr: float
+    warmup: float  # share of the steps; then a cosine to 0
+    weight_decay: float
+    batch_size: int  # pairs a step, over all ranks
+    epochs: int  # passes over an iteration's pairs
+    micro_tokens: int  # tokens a forward and backward on one rank
+    activation_checkpointing: bool
+    checkpoint_steps: int  # steps between two saved training states
+    wave: int  # dialogues that an engine plays at once: the unit of work, of seeds and of resuming
+    eval_dialogues: int  # section 4.2: 500; more here, since one turn's interval is 4.4 points wide at 500
+
+
+SETTINGS = {
+    # eta, lr and batch: lr 5e-4 diverges; the world and its numbers are described in toy.py
+    "toy": dict(
+        policy="toy", reference="toy", user="toy", reward="toy", dataset="toy", engine="auto", out="runs/toy", seed=0,
+        iterations=2, num_prompts=4096, max_turns=5, max_new_tokens=16, max_length=256, temperature=1.0,
+        eta=10.0, lr=1e-4, warmup=0.1, weight_decay=1e-6, batch_size=32, epochs=1, micro_tokens=4096,
+        activation_checkpointing=False, checkpoint_steps=50, wave=512, eval_dialogues=1000,
+    ),
+}  # fmt: skip
+
+
+class Pair(NamedTuple):
+    """One element of D: s_h, the two responses y_h and y'_h, and what the two finished conversations earned.
+
+    y and y' are exchangeable: nothing in this file treats one unlike the other."""
+
+    prefix: list  # ids of s_h
+    y: list  # ids of y_h, the end token included if it was sampled
+    y2: list  # ids of y'_h
+    rewards: tuple  # r(s_{H+1}), r(s'_{H+1})
+    h: int
+    H: int
+    dialogues: tuple = None  # the two finished conversations, for inspection
+    logps: tuple = None  # ln pi_t of y and y', by the trainer's own weights before the first step
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Algorithm 1
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def sample_resets(n, max_turns, rng):
+    """H ~ U(max_turns), then h ~ U(H) (section 4.2): (h (n,), H (n,)) with 1 <= h <= H <= max_turns."""
+    H = rng.integers(1, max_turns + 1, size=n)
+    h = rng.integers(1, H + 1)
+    return h, H
+
+
+def collect(prompts, policy, user, reward, cfg, rng, dropped=None):
+    """Line 3: one pair for each prompt that survives, by rolling in, resetting to s_h and rolling out again.
+
+    prompts: dialogues at s_1. The first roll-out goes on from the roll-in: the trajectory's own y_h is a sample of
+    pi_t(.|s_h). The second one starts anew at s_h with its own noise, for policy and user alike: only the prefix is
+    shared, so the difference of rewards is an unbiased estimate of Q(s_h, y_h) - Q(s_h, y'_h).
+    dropped: a Counter of the reasons for which prompts gave no pair."""
+    dropped = Counter() if dropped is None else dropped
+    h, H = sample_resets(len(prompts), cfg.max_turns, rng)
+    streams = rng.integers(2**62, size=len(prompts)).tolist()
+    first = rollout([replace(p, stream=(s, 0)) for p, s in zip(prompts, streams)], policy, user, H)
+    whole = [i for i, d in enumerate(first) if not d.failed]
+    resets = [replace(first[i].reset(h[i]), stream=(streams[i], 1)) for i in whole]
+    second = dict(zip(whole, rollout(resets, policy, user, H[whole])))
+    dropped.update(d.failed for d in [*first, *second.values()] if d.failed)
+
+    rows = [i for i in whole if not second[i].failed]
+    # the same response twice has a log-ratio of 0 under every pi: a constant in Eq. 1, and no gradient
+    same = {i for i in rows if first[i].answer(h[i]) == second[i].answer(h[i])}
+    dropped["identical"] += len(same)
+    rows = [i for i in rows if i not in same]
+    scores = reward([first[i] for i in rows] + [second[i] for i in rows])
+    pairs = []
+    for i, r, r2 in zip(rows, scores[: len(rows)], scores[len(rows) :]):
+        if not (math.isfinite(r) and math.isfinite(r2)):
+            raise BadInput(f"the reward of a dialogue is not finite ({r}, {r2}): {first[i].messages[0]['content']!r}")
+        y, y2 = first[i].answer(h[i]), second[i].answer(h[i])
+        dialogues = (first[i], second[i])
+        pairs.append(Pair(first[i].reset(h[i]).ids, y, y2, (float(r), float(r2)), int(h[i]), int(H[i]), dialogues))
+    return pairs
+
+
+def refuel_loss(logp_2B, old_logp_2B, reward_2B, eta):
+    """Eq. 1: ((1/eta) (ln pi(y)/pi_t(y) - ln pi(y')/pi_t(y')) - (r(s) - r(s')))^2, the mean over B pairs.
+
+    Row 0 is y, row 1 is y'. The released code minimises eta^2 times this, which has the same minimiser."""
+    log_ratio_2B = logp_2B - old_logp_2B
+    residual_B = (log_ratio_2B[0] - log_ratio_2B[1]) / eta - (reward_2B[0] - reward_2B[1])
+    return residual_B.square().mean()
+
+
+def regress(model, optimizer, pairs, cfg, loss_fn=refuel_loss, first_step=0, after_step=None):
+    """Line 4: fit pi to the relative future by minibatch descent on the mean of loss_fn over the pairs.
+
+    Every rank holds all pairs and takes its share of each batch; gradients are averaged by FSDP. Returns the last
+    step's metrics (defined in the README); after_step(step, metrics) is called after each step, and a training that
+    was stopped goes on from first_step."""
+    if pairs[0].logps is None:
+        pairs = with_old_logps(model, pairs, cfg)
+    model.train()
+    steps = list(batches(len(pairs), cfg))
+    metrics = {}
+    for step, batch in tqdm(list(enumerate(steps))[first_step:], desc="regress", disable=rank() > 0):
+        start = time.time()
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * lr_factor(step / len(steps), cfg.warmup)
+        sums = torch.zeros(7)
+        for micro, share in micro_batches([pairs[i] for i in batch], cfg.micro_tokens):
+            logp_2B = pair_logps(model, micro, cfg.temperature)
+            old_logp_2B = torch.tensor([p.logps for p in micro], device=logp_2B.device).T
+            reward_2B = torch.tensor([p.rewards for p in micro], device=logp_2B.device).T
+            loss = loss_fn(logp_2B, old_logp_2B, reward_2B, cfg.eta)
+            (loss * share * world()).backward()  # FSDP takes the mean over ranks, Eq. 1 the mean over the batch
+            sums += share * step_sums(loss.detach(), logp_2B.detach() - old_logp_2B, reward_2B)
+        norm = gradient_norm(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        metrics = read_sums(add_up(sums)) | {"gradient_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
+        tokens = sum(pair_length(pairs[i]) for i in batch)
+        metrics["tokens_per_second"] = round(tokens / (time.time() - start))
+        if not math.isfinite(metrics["loss"] + norm):
+            raise BadInput(f"step {step}: the loss is {metrics['loss']}, the gradient's norm {norm}; pairs {batch}")
+        if after_step:
+            after_step(step, metrics)
+    return metrics
+
+
+def train(cfg):
+    """Lines 1 to 5: T times collect and regress. A finished stage is read from the run's folder, not done again."""
+    start = latest_policy(cfg)
+    model = load_policy(start, cfg)
+    policy, user, reward = simulator.load_engine(start, cfg), simulator.load_user(cfg), simulator.load_reward(cfg)
+    for t in range(1, cfg.iterations + 1):
+        folder = os.path.join(cfg.out, f"iter_{t}")
+        if os.path.isdir(os.path.join(folder, "policy")):
+            continue
+        prompts = simulator.train_prompts(cfg, policy.tokenizer, t)
+        pairs = collected(folder, prompts, policy, user, reward, cfg, t)
+        pairs = remembered_logps(folder, model, pairs, cfg)
+        optimizer = make_optimizer(model, cfg)
+        first_step = load_training(folder, model, optimizer)
+        regress(model, optimizer, pairs, cfg, refuel_loss, first_step, Keeper(folder, model, optimizer, cfg, t))
+        save_policy(os.path.join(folder, "policy"), model, start)
+        policy.update(full_weights(model))
+    return policy, user, reward
+
+
+def batches(n, cfg):
+    """Each step's pairs. The first pass takes them in the order of the prompts, which is random already."""
+    for epoch in range(cfg.epochs):
+        order = np.random.default_rng([cfg.seed, epoch]).permutation(n) if epoch else np.arange(n)
+        yield from (order[i : i + cfg.batch_size].tolist() for i in range(0, n, cfg.batch_size))
+
+
+def lr_factor(progress, warmup):
+    """Linear warm-up, then a cosine to 0; progress in [0, 1). The first step already moves."""
+    if progress < warmup:
+        return (progress + 1e-3) / (warmup + 1e-3)
+    return 0.5 + 0.5 * math.cos(math.pi * (progress - warmup) / (1 - warmup))
+
+
+def make_optimizer(model, cfg):
+    """AdamW as released. Eq. 1's gradient is 1/eta^2 of the released loss's; Adam divides that out again but for its
+    epsilon, which is scaled with it (eta = 1000 would otherwise leave most of the update to epsilon)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, cfg.lr, (0.9, 0.95), 1e-8 / cfg.eta**2, cfg.weight_decay)
+
+
+METRICS = ("loss", "sign_agreement", "log_ratio", "kl", "drift")
+
+
+def step_sums(loss, log_ratio_2B, reward_2B):
+    """What a micro-batch adds to a step's metrics, as means over its pairs: METRICS, then two denominators."""
+    difference_B, target_B = log_ratio_2B[0] - log_ratio_2B[1], reward_2B[0] - reward_2B[1]
+    decided_B = target_B != 0
+    agree = (decided_B & (difference_B.sign() == target_B.sign())).float().mean()
+    # responses are pi_t's: E[rho - 1 - ln rho] with rho = pi/pi_t is KL(pi_t||pi), never negative
+    kl = (log_ratio_2B.clamp(max=20).exp() - 1 - log_ratio_2B).mean()
+    one = torch.ones(())
+    return torch.stack([x.float().cpu() for x in (
+        loss, agree, log_ratio_2B.mean(), kl, log_ratio_2B.abs().mean(), decided_B.float().mean(), one)])  # fmt: skip
+
+
+def read_sums(sums):
+    values = dict(zip(METRICS, (sums[:5] / sums[6]).tolist()))
+    return values | {"sign_agreement": (sums[1] / sums[5].clamp(min=1e-9)).item()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# ln pi(y_h | s_h) for both of a pair: one row, the prefix once
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def pair_logps(model, pairs, temperature=1.0):
+    """ln pi(y|s) and ln pi(y'|s), summed over each response's tokens: (2, B) float32, differentiable.
+
+    A pair is laid out as [s_h, y, y'] with y' blind to y and its positions restarted behind the prefix, so the prefix
+    is computed once; pairs are packed into rows no longer than the longest of them. Logits are those of softmax at
+    the sampling temperature. Equal to a forward for each response alone."""
+    forward = getattr(model, "token_logps", None) or partial(token_logps, model)
+    packed = pack(pairs, next(model.parameters()).device)
+    logp_N = forward(*packed[:-1], temperature)
+    owner_N = packed[-1]  # in 0 .. 2B-1
+    return torch.zeros(2 * len(pairs), device=logp_N.device).index_add(0, owner_N, logp_N).view(2, -1)
+
+
+def pair_length(pair):
+    return len(pair.prefix) + len(pair.y) + len(pair.y2)
+
+
+def rows_of(lengths):
+    """First fit decreasing: indices of pairs in rows no longer than the longest pair."""
+    longest, rows = max(lengths), []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((row for row in rows if row[0] >= lengths[i]), None)
+        if row is None:
+            rows.append(row := [longest])
+        row[0] -= lengths[i]
+        row.append(i)
+    return [row[1:] for row in rows]
+
+
+def pack(pairs, device="cpu"):
+    """Token ids, positions and mask of packed rows, and where the responses' tokens are.
+
+    Returns ids_RT, position_RT, mask_R1TT (float, additive), where_N (the flat position whose hidden state predicts
+    the token), target_N (the token), owner_N (0..B-1 for y, B..2B-1 for y').
+
+    >>> ids, position, mask, where, target, owner = pack([Pair([5, 6], [7], [8, 9], (0, 0), 1, 1)])
+    >>> ids, position, where, target, owner          # rows as lists
+    [[5, 6, 7, 8, 9]], [[0, 1, 2, 2, 3]], [1, 1, 3], [7, 8, 9], [0, 1, 1]
+    """
+    lengths = [pair_length(p) for p in pairs]
+    rows, T = rows_of(lengths), max(lengths)
+    ids, position, block, branch = (np.zeros((len(rows), T), dtype=np.int64) for _ in range(4))
+    block -= 1  # padding is a block of its own: it sees only itself, and nobody sees it
+    where, target, owner = [], [], []
+    for r, row in enumerate(rows):
+        at = 0
+        for i in row:
+            s, y, y2 = pairs[i].prefix, pairs[i].y, pairs[i].y2
+            here = slice(at, at + lengths[i])
+            ids[r, here] = s + y + y2
+            position[r, here] = [*range(len(s) + len(y)), *range(len(s), len(s) + len(y2))]
+            block[r, here], branch[r, here] = i, [0] * len(s) + [1] * len(y) + [2] * len(y2)
+            last = r * T + at + len(s) - 1  # the prefix's last token predicts the first token of both responses
+            where += [last + k for k in range(len(y))] + [last] * bool(y2)
+            where += [last + len(y) + k for k in range(1, len(y2))]
+            target += y + y2
+            owner += [i] * len(y) + [len(pairs) + i] * len(y2)
+            at += lengths[i]
+    ids, position, block, branch, where, target, owner = (
+        torch.as_tensor(x, device=device) for x in (ids, position, block, branch, where, target, owner)
+    )
+    sees = (block[:, :, None] == block[:, None, :]) & torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    sees &= (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    mask_R1TT = torch.zeros(sees.shape, device=device).masked_fill_(~sees, torch.finfo(torch.float32).min)[:, None]
+    return ids, position, mask_R1TT, where, target, owner
+
+
+def token_logps(model, ids_RT, position_RT, mask_R1TT, where_N, target_N, temperature):
+    """ln pi of the target tokens (N,): the body of a forward, then logits only where they are asked for."""
+    dtype = getattr(model, "compute_dtype", torch.float32)  # a mask of another type than the query is refused
+    hidden_RTD = model.model(input_ids=ids_RT, attention_mask=mask_R1TT.to(dtype), position_ids=position_RT,
+                             use_cache=False).last_hidden_state  # fmt: skip
+    return SelectedLogps.apply(hidden_RTD.flatten(0, 1)[where_N], model.lm_head.weight, target_N, temperature)
+
+
+class SelectedLogps(torch.autograd.Function):
+    """log_softmax(hidden @ weight.T / temperature)[target], in float32, a chunk of tokens at a time.
+
+    Keeps the log-sum-exp of each token and computes the logits again in backward, so that no (N, V) tensor lives."""
+
+    CHUNK = 256
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, target_N, temperature):
+        logp_N, lse_N = (hidden_ND.new_empty(len(target_N), dtype=torch.float32) for _ in range(2))
+        for i in range(0, len(target_N), SelectedLogps.CHUNK):
+            c = slice(i, i + SelectedLogps.CHUNK)
+            logits_cV = (hidden_ND[c] @ weight_VD.T).float() / temperature
+            lse_N[c] = logits_cV.logsumexp(-1)
+            logp_N[c] = logits_cV.gather(1, target_N[c, None])[:, 0] - lse_N[c]
+        ctx.save_for_backward(hidden_ND, weight_VD, target_N, lse_N)
+        ctx.temperature = temperature
+        return logp_N
+
+    @staticmethod
+    def backward(ctx, grad_N):
+        hidden_ND, weight_VD, target_N, lse_N = ctx.saved_tensors
+        grad_hidden_ND, grad_weight_VD = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD, dtype=torch.float32)
+        for i in range(0, len(target_N), SelectedLogps.CHUNK):
+            c = slice(i, i + SelectedLogps.CHUNK)
+            p_cV = ((hidden_ND[c] @ weight_VD.T).float() / ctx.temperature - lse_N[c, None]).exp_()
+            grad_cV = p_cV.neg_().scatter_add_(1, target_N[c, None], torch.ones_like(p_cV[:, :1]))
+            grad_cV = grad_cV.mul_(grad_N[c, None] / ctx.temperature).to(hidden_ND.dtype)
+            grad_hidden_ND[c] = grad_cV @ weight_VD
+            grad_weight_VD += grad_cV.T @ hidden_ND[c]
+        return grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), None, None
+
+
+def micro_batches(pairs, tokens):
+    """This rank's part of a batch, in forwards of at most `tokens` padded tokens: [(pairs, share of the batch)].
+
+    Every rank runs the same number of forwards, else FSDP would wait for ever: a rank with fewer repeats a pair with
+    share 0. Shares over all ranks sum to 1."""
+    plans = [split(pairs[r :: world()], tokens) for r in range(world())]
+    mine = [(micro, len(micro) / len(pairs)) for micro in plans[rank()]]
+    return mine + [(pairs[:1], 0.0)] * (max(map(len, plans)) - len(mine))
+
+
+def split(pairs, tokens):
+    """Longest first into groups whose packed rows stay within `tokens`; a pair that is longer goes alone."""
+    groups, rest = [], sorted(pairs, key=pair_length, reverse=True)
+    while rest:
+        rows = rows_of([pair_length(p) for p in rest])[: max(1, tokens // pair_length(rest[0]))]
+        taken = sorted(i for row in rows for i in row)
+        groups.append([rest[i] for i in taken])
+        rest = [p for i, p in enumerate(rest) if i not in set(taken)]
+    return groups
+
+
+@torch.no_grad()
+def with_old_logps(model, pairs, cfg):
+    """The pairs with ln pi_t of both responses, each rank computing its share in the batches that training will use,
+    by the trainer's own forward: at step 0 the log-ratio is exactly 0 and every residual the reward difference."""
+    model.train()  # the same code path as in training; there is no dropout to switch off
+    logp_N2 = torch.zeros(len(pairs), 2)
+    for batch in list(batches(len(pairs), replace(cfg, epochs=1))):
+        index = {id(pairs[i]): i for i in batch}
+        for micro, share in micro_batches([pairs[i] for i in batch], cfg.micro_tokens):
+            logp_2B = pair_logps(model, micro, cfg.temperature).cpu()
+            if share:
+                logp_N2[[index[id(p)] for p in micro]] = logp_2B.T
+    return [p._replace(logps=tuple(row)) for p, row in zip(pairs, add_up(logp_N2).tolist())]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The processes: FSDP, saving, resuming
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def device():
+    return torch.device("cuda", simulator.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def add_up(tensor):
+    """The sum over ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor := tensor.to(device()))
+    return tensor.cpu()
+
+
+def gradient_norm(model):
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+
+
+def load_policy(path, cfg):
+    """A checkpoint's policy for training: float32 weights sharded over all ranks (FSDP2), bfloat16 compute on GPUs.
+
+    Built on the meta device; each rank then reads its own slice of every weight from the safetensors, so nobody ever
+    holds the whole model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    if cfg.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    shard(model)
+    model.to_empty(device=device())
+    # buffers that no checkpoint holds (rotary frequencies) are garbage after to_empty
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device())
+    read_slices(model, path)
+    return model
+
+
+def shard(model):
+    """FSDP2: one unit a layer, one for the rest."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    cuda = torch.cuda.is_available()
+    options = dict(mesh=init_device_mesh(device().type, (world(),)))
+    if cuda:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        model.compute_dtype = torch.bfloat16
+    for layer in model.model.layers:
+        fully_shard(layer, **options)
+    # log-probs do not pass through model.forward, so FSDP is told which method needs the root's weights
+    model.token_logps = MethodType(token_logps, model)
+    fully_shard(model, **options)
+    register_fsdp_forward_method(model, "token_logps")
+
+
+@torch.no_grad()
+def read_slices(model, path):
+    from safetensors import safe_open
+
+    missing = dict(model.named_parameters())
+    for file in simulator.weight_files(path):
+        with safe_open(file, "pt") as weights:
+            for name in missing.keys() & weights.keys():
+                local, whole = missing.pop(name).to_local(), weights.get_slice(name)
+                rows = whole.get_shape()[0]
+                start = min(rank() * -(-rows // world()), rows)  # FSDP2 cuts dimension 0 as torch.chunk does
+                if len(local):
+                    local.copy_(whole[start : start + len(local)])
+    if missing:
+        raise BadInput(f"{path} lacks {len(missing)} weights, {sorted(missing)[0]} among them")
+
+
+def full_weights(model):
+    """(name, whole tensor) one at a time, in the checkpoint's names; every rank must go through all of them."""
+    for name, p in model.named_parameters():
+        whole = p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
+        yield name, whole
+        if model.config.tie_word_embeddings and p is model.get_input_embeddings().weight:
+            yield "lm_head.weight", whole  # vLLM keeps the old head unless it is named
+
+
+def save_policy(path, model, start):
+    """A Hugging Face folder, float32 so that a run that continues from it continues exactly. `start` lends its
+    tokenizer and generation settings."""
+    from huggingface_hub import save_torch_state_dict
+
+    state = {}
+    for name, whole in full_weights(model):
+        if rank() == 0 and not (name == "lm_head.weight" and model.config.tie_word_embeddings):
+            state[name] = whole.cpu().clone()
+
+    def write(partial):
+        save_torch_state_dict(state, partial)
+        model.config.save_pretrained(partial)
+        simulator.copy_tokenizer(start, partial)
+
+    if rank() == 0:
+        simulator.write_folder(path, write)
+        shutil.rmtree(os.path.join(os.path.dirname(path), "training"), ignore_errors=True)
+    barrier()
+
+
+def training_state(model, optimizer):
+    """This rank's part of weights and AdamW state as plain tensors {name: tensor}, aliasing the live ones."""
+    state = {}
+    for name, p in model.named_parameters():
+        moments = {k: v for k, v in optimizer.state.get(p, {}).items()} | {"weight": p.data}
+        for key, value in moments.items():
+            state[f"{name}/{key}"] = value.to_local() if hasattr(value, "to_local") else value
+    return state
+
+
+def save_training(folder, model, optimizer, step):
+    """Weights and optimiser of the training in progress, each rank its own shard; then the step that names them."""
+    from safetensors.torch import save_file
+
+    folder = os.path.join(folder, "training")
+    os.makedirs(folder, exist_ok=True)
+    save_file(training_state(model, optimizer), os.path.join(folder, f"step_{step}_rank_{rank()}.safetensors"))
+    barrier()
+    if rank() == 0:
+        simulator.write_file(os.path.join(folder, "step.json"), json.dumps({"step": step, "ranks": world()}))
+        for name in os.listdir(folder):
+            if not name.startswith((f"step_{step}_", "step.json")):
+                os.remove(os.path.join(folder, name))
+
+
+@torch.no_grad()
+def load_training(folder, model, optimizer):
+    """Bring a stopped training back and return its next step; 0 if there is none, or it ran on other ranks."""
+    from safetensors.torch import load_file
+
+    folder = os.path.join(folder, "training")
+    marker = os.path.join(folder, "step.json")
+    if not os.path.exists(marker) or (saved := simulator.read_json(marker))["ranks"] != world():
+        return 0
+    state = load_file(os.path.join(folder, f"step_{saved['step']}_rank_{rank()}.safetensors"))
+    for p in (p for p in model.parameters() if p.requires_grad):
+        p.grad = torch.zeros_like(p)
+    learning_rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()  # an empty step makes AdamW's state tensors, which are then overwritten
+    optimizer.zero_grad()
+    for group, lr in zip(optimizer.param_groups, learning_rates):
+        group["lr"] = lr
+    for name, tensor in training_state(model, optimizer).items():
+        tensor.copy_(state[name])
+    return saved["step"] + 1
+
+
+class Keeper:
+    """Called after every step: logs its metrics and, now and then, saves the training in progress."""
+
+    def __init__(self, folder, model, optimizer, cfg, t):
+        self.folder, self.model, self.optimizer, self.cfg, self.t = folder, model, optimizer, cfg, t
+
+    def __call__(self, step, metrics):
+        if rank() == 0:
+            row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}
+            log(self.cfg, {"iteration": self.t, "phase": "regress", "step": step} | row)
+        if (step + 1) % self.cfg.checkpoint_steps == 0:
+            save_training(self.folder, self.model, self.optimizer, step)
+
+
+def log(cfg, row):
+    """One line of metrics.jsonl; lines that a stopped run wrote beyond its last saved state are replaced."""
+    path = os.path.join(cfg.out, "metrics.jsonl")
+
+    def key(row):
+        return row["iteration"], row["phase"], row.get("step", 0)
+
+    with open(path, "a+", encoding="utf-8") as file:
+        file.seek(0)
+        lines = file.read().splitlines()
+        if lines and key(json.loads(lines[-1])) >= key(row):
+            file.truncate(0)
+            file.writelines(line + "\n" for line in lines if key(json.loads(line)) < key(row))
+        file.write(json.dumps(row) + "\n")
+
+
+def collected(folder, prompts, policy, user, reward, cfg, t):
+    """An iteration's pairs, in waves: every rank plays its waves and keeps each on disk. A wave has its own random
+    numbers, so the pairs do not depend on the number of ranks or on where a run was stopped."""
+
+    def wave(rows, number):
+        dropped = Counter()
+        pairs = collect(rows, policy, user, reward, cfg, np.random.default_rng([cfg.seed, t, number]), dropped)
+        return [{"dropped": dropped}, *map(pair_to_json, pairs)]
+
+    start = time.time()
+    rows = in_waves(os.path.join(folder, "pairs.jsonl"), prompts, cfg.wave, wave, f"iteration {t}: collect")
+    pairs = [pair_from_json(row) for row in rows if "prefix" in row]
+    dropped = sum((Counter(row["dropped"]) for row in rows if "dropped" in row), Counter())
+    if not pairs:
+        raise BadInput(f"no pair is left of {len(prompts)} prompts: {dict(dropped)}")
+    if rank() == 0 and not os.path.exists(os.path.join(folder, "logps.jsonl")):
+        log(cfg, {"iteration": t, "phase": "collect", "pairs": len(pairs), "dropped": dropped,
+                  "reward": float(np.mean([p.rewards for p in pairs])),
+                  "truncated": float(np.mean([d.truncated[p.h - 1] for p in pairs for d in p.dialogues])),
+                  "seconds": round(time.time() - start, 1)})  # fmt: skip
+    return pairs
+
+
+def pair_to_json(pair):
+    keep = ("messages", "truncated", "logps")  # prefix, y and y2 hold the ids that matter
+    return pair._asdict() | {"dialogues": [{k: getattr(d, k) for k in keep} for d in pair.dialogues]}
+
+
+def pair_from_json(row):
+    return Pair(**row | {"rewards": tuple(row["rewards"]), "dialogues": tuple(Dialogue(**d) for d in row["dialogues"])})
+
+
+def remembered_logps(folder, model, pairs, cfg):
+    """The pairs with ln pi_t, from the file if the iteration was stopped after they had been computed."""
+    path = os.path.join(folder, "logps.jsonl")
+    if os.path.exists(path):
+        return [p._replace(logps=tuple(row)) for p, row in zip(pairs, simulator.read_lines(path), strict=True)]
+    pairs = with_old_logps(model, pairs, cfg)
+    # how far the engine that sampled is from the weights that are trained: 1e-5 in float32; stale weights show here
+    gaps = [abs(d.logps[p.h - 1] - logp) / max(1, len(y)) for p in pairs
+            for d, logp, y in zip(p.dialogues, p.logps, (p.y, p.y2))]  # fmt: skip
+    barrier()
+    if rank() == 0:
+        print(f"engine and trainer differ by {np.mean(gaps):.1e} nats a token", flush=True)
+        simulator.write_lines(path, [p.logps for p in pairs])
+    barrier()
+    return pairs
+
+
+def latest_policy(cfg):
+    """Where to go on from: the last finished iteration's policy, or pi_1."""
+    done = [os.path.join(cfg.out, f"iter_{t}", "policy") for t in range(cfg.iterations, 0, -1)]
+    return next((path for path in done if os.path.isdir(path)), simulator.find_checkpoint(cfg.policy))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(message)
+
+
+def read_config(argv, description=__doc__, **more):
+    """The configuration of a command line: the setting's values, each replaced by its flag. more: other flags of a
+    script, name=dict of add_argument's options, returned beside it."""
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        kind = json.loads if f.type is bool else f.type  # true and false as in the saved config.json
+        name = "--" + f.name.replace("_", "-")
+        parser.add_argument(name, type=kind, default=argparse.SUPPRESS, metavar=f.type.__name__)
+    for name, options in more.items():
+        parser.add_argument("--" + name.replace("_", "-"), **options)
+    given = vars(parser.parse_args(argv))
+    extra = {name: given.pop(name) for name in more if name in given}
+    setting = given.pop("setting", None)
+    if setting not in SETTINGS:
+        raise BadInput(f"--setting is one of {', '.join(SETTINGS)}, not {setting}")
+    cfg = Config(setting=setting, **SETTINGS[setting] | given)
+    check(cfg)
+    return (cfg, extra) if more else cfg
+
+
+def check(cfg):
+    """Everything about a configuration that can be known to be wrong before anything is loaded."""
+    positive = "iterations num_prompts max_turns max_new_tokens eta lr temperature batch_size epochs micro_tokens"
+    for name in positive.split() + ["checkpoint_steps", "wave", "eval_dialogues"]:
+        if not 0 < getattr(cfg, name) < math.inf:
+            raise BadInput(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
+    if not 0 <= cfg.warmup < 1:
+        raise BadInput(f"--warmup is a share of the steps in [0, 1), not {cfg.warmup}")
+    if not 0 <= cfg.weight_decay < math.inf:
+        raise BadInput(f"--weight-decay must not be negative, not {cfg.weight_decay}")
+    if cfg.seed < 0:
+        raise BadInput(f"--seed must not be negative, not {cfg.seed}")
+    if cfg.engine not in ("auto", "vllm", "transformers"):
+        raise BadInput(f"--engine is auto, vllm or transformers, not {cfg.engine}")
+    if cfg.max_length <= cfg.max_new_tokens:
+        raise BadInput(f"--max-length {cfg.max_length} leaves no room beside --max-new-tokens {cfg.max_new_tokens}")
+    if cfg.batch_size > cfg.num_prompts:
+        raise BadInput(f"--batch-size {cfg.batch_size} is more than --num-prompts {cfg.num_prompts}")
+
+
+def prepare(cfg):
+    """Check the inputs and open the run's folder, before any model is loaded; returns cfg with paths resolved."""
+    for name in ("policy", "reference"):
+        cfg = replace(cfg, **{name: simulator.prepare_checkpoint(getattr(cfg, name))})
+    tokenizer = simulator.load_tokenizer(cfg.policy)
+    simulator.train_prompts(cfg, tokenizer, 1)
+    simulator.test_prompts(cfg, tokenizer)
+    simulator.load_user(cfg), simulator.load_reward(cfg)
+    path = os.path.join(cfg.out, "config.json")
+    if os.path.exists(path):
+        old, new = simulator.read_json(path), asdict(cfg)
+        other = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+        if other:
+            raise BadInput(f"{cfg.out} is a run with another {', '.join(other)}: choose another --out")
+    elif os.path.exists(cfg.out) and (not os.path.isdir(cfg.out) or os.listdir(cfg.out)):
+        raise BadInput(f"--out {cfg.out} exists and is not a run's folder")
+    return cfg
+
+
+def start_processes():
+    """One process group for any start: torchrun's, or a group of one."""
+    if "RANK" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+
+
+def main(argv=None):
+    try:
+        cfg = read_config(argv)
+        start_processes()
+        cfg = prepare(cfg)
+        if rank() == 0:
+            os.makedirs(cfg.out, exist_ok=True)
+            simulator.write_file(os.path.join(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=1))
+            print("\n".join(f"{k:26s}{v}" for k, v in asdict(cfg).items()), flush=True)
+        speakers = train(cfg)
+        import evaluate
+
+        evaluate.after_training(cfg, *speakers)
+    except BadInput as error:
+        if rank() == 0 or dist.is_initialized():
+            print(f"refuel.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,577 @@
+"""A dialogue and who speaks next: roll-out, reset, the engines, the users, the reward models (sections 2 and 4.2).
+
+    python simulator.py --setting toy --policy runs/toy/iter_2/policy --show 3      look at dialogues and resets
+
+Token ids are the truth and text is a view: what the policy sampled is what is trained on. A dialogue is never decoded
+and tokenised again between turns. Roll-in and roll-out are one function, `rollout`; a reset is a slice.
+
+Dimension key: B dialogues, T tokens, V vocabulary, H turns.
+"""
+import copy
+import functools
+import glob
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import random
+import shutil
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+
+class BadInput(ValueError):
+    """Something the user of the program can mend: shown as one line, exit code 2, no traceback."""
+
+
+def seed_for(*key):
+    """A 62-bit seed made from a key such as (stream, turn, speaker): equal keys, equal seeds, on any machine.
+
+    The released code gives one seed to a whole batch and to every turn, so that all prompts share their noise
+    (vLLM draws the same noise for equal seeds); here no two draws share a key."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 2
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The dialogue: state s_h, response y_h, user turn x_{h+1} (section 2)
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Prompt(NamedTuple):
+    """An opening x_1, and what only the user (and the toy's reward) may know: wishes, or the questions to come."""
+
+    text: str
+    secret: Any = None
+
+
+@dataclass
+class Dialogue:
+    """A conversation as the policy sees it.
+
+    ids        every token that the policy has seen or said
+    spans      (start, end) in ids of each assistant turn's sampled tokens, the end token included if it was sampled
+    messages   the same conversation as role/content text, for users, reward models and judges
+    truncated  per assistant turn: cut at the token limit
+    logps      per assistant turn: ln pi of the sampled tokens as the engine reports it (to watch engine and trainer)
+    secret     what only the user knows; stream names this dialogue's randomness; failed says why it was given up
+
+    >>> d = Dialogue.start(tokenizer, "hi").add_answer(tokenizer, [9, 4]).add_user(tokenizer, "go on")
+    >>> d.ids[d.spans[0][0]:d.spans[0][1]], d.reset(1).ids == d.ids[:d.spans[0][0]]
+    ([9, 4], True)
+    """
+
+    ids: list[int] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    messages: list[dict] = field(default_factory=list)
+    truncated: list[bool] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    secret: Any = None
+    stream: tuple = (0,)
+    failed: str | None = None
+
+    @classmethod
+    def start(cls, tokenizer, user_text, secret=None, stream=(0,)):
+        """s_1: the opening as the chat template renders it, with the header that makes the assistant speak."""
+        before, after, _, _ = template_pieces(tokenizer)
+        text = checked(user_text)
+        ids = encode(tokenizer, before, text, after)
+        return cls(ids, [], [{"role": "user", "content": text}], [], [], secret, tuple(stream))
+
+    def add_answer(self, tokenizer, ids, truncated=False, logp=math.nan):
+        """Append y_h exactly as it was sampled: no token is added, dropped or decoded and encoded again."""
+        if self.messages[-1]["role"] != "user":
+            raise BadInput("a dialogue must alternate: an answer follows a user's turn")
+        ids = [int(i) for i in ids]
+        self.spans.append((len(self.ids), len(self.ids) + len(ids)))
+        self.ids += ids
+        self.messages.append({"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True).strip()})
+        self.truncated.append(bool(truncated))
+        self.logps.append(float(logp))
+        return self
+
+    def add_user(self, tokenizer, user_text):
+        """Append x_{h+1} by the template's own tokens: what stands between two answers in a rendered conversation.
+
+        That piece begins with the end-of-turn token. If the answer was sampled with it, it is there already; if the
+        answer was cut, the token goes into the context and not into the span: the policy is never credited with
+        stopping where it did not (the released code appends it and trains on it)."""
+        if self.messages[-1]["role"] != "assistant":
+            raise BadInput("a dialogue must alternate: a user's turn follows an answer")
+        _, _, before, after = template_pieces(tokenizer)
+        text = checked(user_text)
+        ids = encode(tokenizer, before, text, after)
+        self.ids += ids[self.ids[-1] == ids[0] :]
+        self.messages.append({"role": "user", "content": text})
+        return self
+
+    def reset(self, h):
+        """s_h: everything up to and including the user's turn h (1 <= h); a new dialogue, nothing is shared."""
+        if not 1 <= h <= (len(self.messages) + 1) // 2:
+            raise BadInput(f"cannot reset to turn {h}: the dialogue has {(len(self.messages) + 1) // 2} user turns")
+        cut = self.spans[h - 1][0] if h <= len(self.spans) else len(self.ids)
+        return self.cut(cut, h - 1, 2 * h - 1)
+
+    def until(self, h):
+        """The conversation of the first h turns, answer h included: what a reward model or a judge reads at turn h."""
+        if not 1 <= h <= len(self.spans):
+            raise BadInput(f"the dialogue has {len(self.spans)} answers, not {h}")
+        return self.cut(self.spans[h - 1][1], h, 2 * h)
+
+    def cut(self, tokens, answers, messages):
+        return Dialogue(self.ids[:tokens], self.spans[:answers], copy.deepcopy(self.messages[:messages]),
+                        self.truncated[:answers], self.logps[:answers], self.secret, self.stream)  # fmt: skip
+
+    def answer(self, h):
+        """The sampled ids of y_h."""
+        return self.ids[slice(*self.spans[h - 1])]
+
+    def seed(self, speaker):
+        """The seed of the next turn: distinct for every row, branch, turn and speaker."""
+        return seed_for(*self.stream, len(self.spans), speaker)
+
+    @classmethod
+    def from_json(cls, row):
+        return cls(**row | {"spans": [tuple(s) for s in row["spans"]], "stream": tuple(row["stream"])})
+
+
+def checked(text):
+    """A user's turn as it enters a dialogue: a string that is not empty, without outer white space.
+
+    Templates differ in whether they trim; a trimmed text is the same under all of them. Lone surrogates (broken
+    UTF-16 in a JSON file) become question marks, since no tokenizer can encode them."""
+    if not isinstance(text, str):
+        raise BadInput(f"a turn must be text, not {type(text).__name__}")
+    text = text.encode("utf-8", "replace").decode().strip()
+    if not text:
+        raise BadInput("an empty turn")
+    return text
+
+
+@functools.lru_cache(maxsize=8)
+def template_pieces(tokenizer):
+    """What the chat template writes around a user's text: (before the first, after it, before a later one, after it).
+
+    Found by rendering marked texts, so that any template whose turns end in a special token will do."""
+    if not tokenizer.chat_template:
+        raise BadInput(f"the tokenizer {tokenizer.name_or_path} has no chat template")
+    user, answer = "\ue000user\ue000", "\ue000answer\ue000"
+    first = [{"role": "user", "content": user}]
+    later = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}, *first]
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+    before, after = render(first, add_generation_prompt=True).split(user)
+    if render(first) == before + user + after:
+        raise BadInput(f"the chat template of {tokenizer.name_or_path} has no generation prompt")
+    between, later_after = render(later, add_generation_prompt=True).split(answer)[1].split(user)
+    if encode(tokenizer, between)[0] not in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder):
+        raise BadInput(f"the chat template of {tokenizer.name_or_path} does not end an answer with a special token")
+    return before, after, between, later_after
+
+
+def encode(tokenizer, before, text="", after=""):
+    """Ids of a piece of a rendered conversation; special tokens inside the user's text stay text.
+
+    Without them the piece is encoded as a whole, which is what the template's own tokenisation gives. The template
+    writes the BOS where it wants one, so the tokenizer must not add another (the released code sampled under two)."""
+    whole = functools.partial(tokenizer.encode, add_special_tokens=False)
+    if not any(str(token) in text for token in tokenizer.added_tokens_decoder.values()):
+        return whole(before + text + after)
+    # as text: encoded with the control tokens' strings broken open, then without a special id among the pieces
+    return whole(before) + encode_plain(tokenizer, text) + whole(after)
+
+
+def encode_plain(tokenizer, text):
+    """Ids of a text in which the strings of control tokens are ordinary characters."""
+    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    if set(ids) & set(tokenizer.added_tokens_decoder):  # an added token that is no special token is still matched
+        pieces = [[i] if i not in tokenizer.added_tokens_decoder else
+                  [j for c in str(tokenizer.added_tokens_decoder[i]) for j in
+                   tokenizer.encode(c, add_special_tokens=False)] for i in ids]  # fmt: skip
+        ids = [i for piece in pieces for i in piece]
+    return ids
+
+
+def end_token(tokenizer):
+    """The id that ends an assistant's turn in this template."""
+    return encode(tokenizer, template_pieces(tokenizer)[2])[0]
+
+
+def rollout(dialogues, policy, user, turns):
+    """Let policy and user talk until each dialogue has its number of answers (section 2, roll-ins and roll-outs).
+
+    dialogues: states s_h at which the assistant speaks next; turns: how many assistant turns each ends with.
+    Returns new dialogues, each ending with an answer; one that user or policy had to give up carries `failed`."""
+    dialogues = [d.reset(len(d.spans) + 1) if len(d.spans) < n else d for d, n in zip(dialogues, turns, strict=True)]
+    active = [(d, n) for d, n in zip(dialogues, turns) if len(d.spans) < n]
+    while active:
+        for (d, _), answer in zip(active, policy.answer([d for d, _ in active])):
+            if answer is None:
+                d.failed = "too long"
+            else:
+                d.add_answer(policy.tokenizer, *answer)
+        active = [(d, n) for d, n in active if not d.failed and len(d.spans) < n]
+        for (d, _), text in zip(active, user.reply([d for d, _ in active])):
+            if text is None:
+                d.failed = "user"
+            else:
+                d.add_user(policy.tokenizer, text)
+        active = [(d, n) for d, n in active if not d.failed]
+    return dialogues
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The policy's engines: ids in, sampled ids out
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """A checkpoint that samples: temperature only, no top-p, no top-k, no repetition penalty.
+
+    generate(prompts, seeds) -> [(ids, truncated, logp)]    ids end with the end token unless truncated
+    update(weights)             new weights in place: an iterable of (name, tensor) in the checkpoint's names
+    """
+
+    def __init__(self, path, max_new_tokens, temperature, max_length):
+        self.tokenizer = load_tokenizer(path)
+        self.max_new_tokens, self.temperature, self.max_length = max_new_tokens, temperature, max_length
+        self.stop = stop_tokens(path, self.tokenizer)
+
+    def answer(self, dialogues):
+        """One assistant turn for each dialogue; None where prompt and answer might not fit the context."""
+        fits = [d for d in dialogues if len(d.ids) + self.max_new_tokens <= self.max_length]
+        answers = iter(self.generate([d.ids for d in fits], [d.seed("policy") for d in fits]) if fits else ())
+        return [next(answers) if len(d.ids) + self.max_new_tokens <= self.max_length else None for d in dialogues]
+
+
+class TransformersEngine(Engine):
+    """transformers' generate: runs everywhere, slowly. Left-padded batches, sorted by length."""
+
+    def __init__(self, path, max_new_tokens, temperature, max_length, batch=512):
+        super().__init__(path, max_new_tokens, temperature, max_length)
+        import torch
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        cuda = torch.cuda.is_available()
+        self.device, self.batch = torch.device("cuda", local_rank()) if cuda else torch.device("cpu"), batch
+        dtype = torch.bfloat16 if cuda else torch.float32
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(self.device).eval()
+        # a checkpoint's own sampling habits (top-p, penalties, forced tokens) must not leak into the behaviour policy
+        self.model.generation_config = GenerationConfig()
+
+    def generate(self, prompts, seeds):
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        answers = {}
+        for start in range(0, len(order), self.batch):
+            rows = order[start : start + self.batch]
+            answers.update(zip(rows, self.generate_batch([prompts[i] for i in rows], [seeds[i] for i in rows])))
+        return [answers[i] for i in range(len(prompts))]
+
+    def generate_batch(self, prompts, seeds):
+        import torch
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        pad, length = self.stop[0], max(map(len, prompts))
+        ids_BT = torch.tensor([[pad] * (length - len(p)) + p for p in prompts], device=self.device)
+        mask_BT = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        sampler = SeededSampler(seeds, self.temperature)
+        with torch.no_grad():
+            out_BT = self.model.generate(
+                input_ids=ids_BT, attention_mask=mask_BT, logits_processor=LogitsProcessorList([sampler]),
+                generation_config=GenerationConfig(max_new_tokens=self.max_new_tokens, do_sample=False,
+                                                   eos_token_id=self.stop, pad_token_id=pad),
+            )[:, length:].tolist()  # fmt: skip
+        logp_BT = torch.stack(sampler.logps, 1).tolist()
+        answers = []
+        for ids, logps in zip(out_BT, logp_BT):
+            end = next((t + 1 for t, i in enumerate(ids) if i in self.stop), None)
+            answers.append((ids[:end], end is None, sum(logps[:end])))
+        return answers
+
+    def update(self, weights):
+        import torch
+
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in weights:
+                if name in parameters:  # a tied lm_head.weight is its embedding
+                    parameters[name].copy_(tensor)
+
+
+class SeededSampler:
+    """Samples inside greedy generate by the Gumbel-max trick, each row by its own generator.
+
+    argmax(logp - ln E) with E ~ Exp(1) is a draw from softmax; generate's own sampling knows one seed a batch."""
+
+    def __init__(self, seeds, temperature):
+        import torch
+
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.temperature, self.logps = temperature, []
+
+    def __call__(self, ids_BT, logits_BV):
+        import torch
+
+        logp_BV = torch.log_softmax(logits_BV.float() / self.temperature, -1)
+        noise_BV = torch.stack([torch.empty(logp_BV.shape[1]).exponential_(generator=g) for g in self.generators])
+        choice_B = (logp_BV - noise_BV.log().to(logp_BV.device)).argmax(-1)
+        self.logps.append(logp_BV.gather(1, choice_B[:, None])[:, 0])
+        return torch.full_like(logits_BV, -math.inf).scatter_(1, choice_B[:, None], 0.0)
+
+
+class VLLMEngine(Engine):
+    """vLLM inside the training process, one engine a rank; weights are replaced in place, the prefix cache dropped.
+
+    Paged KV cache with prefix caching: a later turn finds its dialogue cached, so only new tokens are computed."""
+
+    def __init__(self, path, max_new_tokens, temperature, max_length, memory=0.3):
+        super().__init__(path, max_new_tokens, temperature, max_length)
+        import torch
+
+        threads = torch.set_num_threads  # the CPU engine replaces it by a no-op
+        from vllm import LLM
+
+        if torch.cuda.is_available():
+            options = dict(dtype="bfloat16", gpu_memory_utilization=memory,
+                           distributed_executor_backend="external_launcher")  # fmt: skip
+        else:  # seeded requests crash the CPU build when a prefill is cut into chunks
+            options = dict(dtype="float32", enforce_eager=True, kv_cache_memory_bytes=128 << 20, block_size=32,
+                           enable_chunked_prefill=False, max_num_batched_tokens=max(max_length, 8192))  # fmt: skip
+        self.engine = LLM(str(path), max_model_len=max_length, max_num_seqs=256, seed=0, generation_config="vllm",
+                          enable_prefix_caching=True, logprobs_mode="processed_logprobs", skip_tokenizer_init=True,
+                          disable_log_stats=True, **options)  # fmt: skip
+        torch.set_num_threads = threads
+
+    def generate(self, prompts, seeds):
+        from vllm import SamplingParams
+
+        # ignore_eos: only our own stop tokens end an answer, the same ones for both engines
+        params = [SamplingParams(max_tokens=self.max_new_tokens, temperature=self.temperature, seed=seed, logprobs=0,
+                                 stop_token_ids=self.stop, ignore_eos=True, detokenize=False) for seed in seeds]  # fmt: skip
+        outputs = self.engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        answers = []
+        for out in (o.outputs[0] for o in outputs):
+            logp = sum(step[i].logprob for i, step in zip(out.token_ids, out.logprobs))
+            answers.append((list(out.token_ids), out.finish_reason == "length", logp))
+        return answers
+
+    def update(self, weights):
+        self.engine.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(weights)))
+        self.engine.reset_prefix_cache()  # without it the next answers are computed from the old policy's cache
+
+
+def load_engine(path, cfg):
+    """The engine that `cfg.engine` names, over one checkpoint; auto takes vLLM where it is installed."""
+    name = cfg.engine
+    if name == "auto":
+        name = "vllm" if importlib.util.find_spec("vllm") else "transformers"
+    if name == "vllm" and not importlib.util.find_spec("vllm"):
+        raise BadInput("--engine vllm: vllm is not installed (pip install -r requirements-gpu.txt)")
+    engine = {"vllm": VLLMEngine, "transformers": TransformersEngine}[name]
+    return engine(path, cfg.max_new_tokens, cfg.temperature, cfg.max_length)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Prompts, users and reward models
+# ---------------------------------------------------------------------------------------------------------------
+# A user has reply(dialogues) -> [text or None], a reward model is reward(dialogues) -> [float]; both see whole batches.
+
+
+def train_prompts(cfg, tokenizer, t):
+    """The dialogues at s_1 of iteration t: cfg.num_prompts of the training split, drawn without replacement."""
+    pool = load_split(cfg, "train")
+    if cfg.num_prompts > len(pool):
+        raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(pool)} training prompts")
+    rows = random.Random(seed_for(cfg.seed, "prompts", t)).sample(range(len(pool)), cfg.num_prompts)
+    return [Dialogue.start(tokenizer, pool[i].text, pool[i].secret) for i in rows]
+
+
+def test_prompts(cfg, tokenizer):
+    """The openings that every policy is evaluated from; the streams make users and noise common to all of them."""
+    pool = load_split(cfg, "test")
+    if cfg.eval_dialogues > len(pool):
+        raise BadInput(f"--eval-dialogues {cfg.eval_dialogues}: {cfg.dataset} has only {len(pool)} test prompts")
+    return [Dialogue.start(tokenizer, p.text, p.secret, (cfg.seed, "test", i))
+            for i, p in enumerate(pool[: cfg.eval_dialogues])]  # fmt: skip
+
+
+def load_split(cfg, split):
+    if cfg.dataset != "toy":
+        raise BadInput(f"--dataset {cfg.dataset}: the toy's customers are the data set 'toy'")
+    import toy
+
+    return toy.load_prompts(toy.POOL[split], split)
+
+
+def load_user(cfg):
+    if cfg.user != "toy":
+        raise BadInput(f"--user {cfg.user}: the toy's user is 'toy'")
+    import toy
+
+    return toy.Customer()
+
+
+def load_reward(cfg):
+    if cfg.reward != "toy":
+        raise BadInput(f"--reward {cfg.reward}: the toy's reward is 'toy'")
+    import toy
+
+    return toy.Reward()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints, files and ranks
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def prepare_checkpoint(path):
+    """A folder for what --policy or --reference names; `toy` is the toy's base policy, built on first use."""
+    if path != "toy":
+        return find_checkpoint(path)
+    import toy
+
+    if rank() == 0 and not toy.is_built(toy.FOLDER):
+        toy.base_policy(toy.FOLDER)
+    barrier()
+    return toy.FOLDER
+
+
+def find_checkpoint(path):
+    """A local folder for a checkpoint that is given as a folder or as a hub id; one line if there is none."""
+    if os.path.isdir(path):
+        if not os.path.exists(os.path.join(path, "config.json")):
+            raise BadInput(f"{path} is not a checkpoint: it has no config.json")
+        return path
+    if os.path.exists(path) or path.count("/") != 1 or path.startswith((".", "/", "~", "runs/")):
+        raise BadInput(f"no checkpoint at {path}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.jinja"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise BadInput(f"no folder {path}, and the hub does not give it ({type(error).__name__})") from None
+
+
+def load_tokenizer(path):
+    """The tokenizer of a checkpoint, with a chat template that `Dialogue` can use."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{path} has no tokenizer that loads: {str(error).splitlines()[0]}") from None
+    template_pieces(tokenizer)
+    return tokenizer
+
+
+def stop_tokens(path, tokenizer):
+    """The ids that end an answer: the template's own first, then those of generation_config.json and the tokenizer."""
+    stop = [end_token(tokenizer), tokenizer.eos_token_id]
+    file = os.path.join(path, "generation_config.json")
+    if os.path.exists(file):
+        more = read_json(file).get("eos_token_id")
+        stop += more if isinstance(more, list) else [more]
+    return list(dict.fromkeys(i for i in stop if i is not None))
+
+
+def read_weights(path):
+    """(name, tensor) of every weight of a checkpoint folder, one at a time; safetensors only, never a pickle."""
+    from safetensors import safe_open
+
+    tied = read_json(os.path.join(path, "config.json")).get("tie_word_embeddings")
+    for file in weight_files(path):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():
+                yield name, weights.get_tensor(name)
+                if tied and name == "model.embed_tokens.weight":
+                    yield "lm_head.weight", weights.get_tensor(name)  # vLLM keeps its old head unless it is named
+
+
+def weight_files(path):
+    files = sorted(glob.glob(os.path.join(path, "*.safetensors")))
+    if not files:
+        raise BadInput(f"{path} has no safetensors; other weight files can carry code and are not read")
+    return files
+
+
+def copy_tokenizer(source, target):
+    """Everything of a checkpoint folder but its weights and its model's configuration."""
+    for file in glob.glob(os.path.join(source, "*")):
+        if "token" in os.path.basename(file) or os.path.basename(file) in ("chat_template.jinja", "vocab.json",
+                                                                           "merges.txt", "generation_config.json"):  # fmt: skip
+            shutil.copy(file, target)
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank():
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def barrier():
+    if world() > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+def in_waves(path, items, size, work, desc):
+    """The rows of work(items of a wave, number of the wave) for all waves, in order, from the file at `path`.
+
+    Ranks take turns at the waves and leave each on disk; a wave that is there is not played again. The folder must be
+    one that all ranks see."""
+    parts, starts = f"{path}.parts", range(0, len(items), size)
+    if not os.path.exists(path):
+        os.makedirs(parts, exist_ok=True)
+        names = [os.path.join(parts, f"{number:05d}.jsonl") for number in range(len(starts))]
+        for number in tqdm(range(rank(), len(starts), world()), desc=desc, unit="wave", disable=rank() > 0):
+            if not os.path.exists(names[number]):
+                write_lines(names[number], work(items[starts[number] : starts[number] + size], number))
+        barrier()
+        if rank() == 0:
+            write_lines(path, (row for name in names for row in read_lines(name)))
+            shutil.rmtree(parts)
+        barrier()
+    return read_lines(path)
+
+
+def read_json(path):
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def read_lines(path):
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write_file(path, text):
+    """Written under a temporary name and renamed: a reader finds the whole file or none."""
+    partial = f"{path}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_lines(path, rows):
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_folder(path, fill):
+    """The same for a folder: fill(partial) writes into a temporary folder, which then takes its name."""
+    partial = f"{path}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    os.makedirs(partial)
+    fill(partial)
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(partial, path)

@@ -1,0 +1,204 @@
+"""The embedded world: a shop in which every script of this repository runs for real on a laptop.
+
+A customer wants an article with four wishes (size, colour, material, kind) and opens with one of them; the
+assistant proposes an article and may ask one question a turn; the reward looks at the last proposal only. A good
+question pays turns later: exactly what last-turn training cannot see and a regression to the relative future can.
+
+    user       something red please
+    assistant  try the large red wool hat . which size ?
+    user       small please
+    assistant  try the small red silk scarf . anything else ?
+    user       go on
+
+The tokenizer, its chat template, the Llama and the checkpoint folder are of the real kinds, only small; nothing
+downstream knows that this is a toy. Everything is seeded; the base policy is trained once and kept.
+"""
+import json
+import os
+import random
+import re
+
+from simulator import Dialogue, Prompt, read_json, seed_for, write_folder
+
+WISHES = {
+    "size": ("tiny", "small", "medium", "large"),
+    "colour": ("red", "blue", "green", "black"),
+    "material": ("wool", "cotton", "silk", "leather"),
+    "kind": ("scarf", "hat", "coat", "shirt"),
+}
+ATTRIBUTE = {value: name for name, values in WISHES.items() for value in values}
+WORDS = [*ATTRIBUTE, *WISHES, *"something please not sure again go on try the . which ? anything else".split()]
+POOL = {"train": 16_384, "test": 4096}  # customers
+FOLDER = os.path.join("runs", "toy_base")  # where the base policy is kept
+PROPOSAL = re.compile(r"try the (\w+) (\w+) (\w+) (\w+) \.")
+QUESTION = re.compile(r"which (\w+) \?")
+
+# ---------------------------------------------------------------------------------------------------------------
+# The customer, what it wants, and the reward
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def load_prompts(n, split):
+    """n customers: an opening that states one wish, and all four wishes as the secret that the policy never sees."""
+    prompts = []
+    for row in range(n):
+        rng = random.Random(seed_for("customer", split, row))
+        secret = {name: rng.choice(values) for name, values in WISHES.items()}
+        prompts.append(Prompt(f"something {secret[rng.choice(list(WISHES))]} please", secret))
+    return prompts
+
+
+def stated(messages):
+    """The wishes that the user has said so far: {attribute: value}."""
+    words = " ".join(m["content"] for m in messages if m["role"] == "user").split()
+    return {ATTRIBUTE[word]: word for word in words if word in ATTRIBUTE}
+
+
+class Customer:
+    """The scripted user: answers what is asked, now and then does not know, volunteers nothing.
+
+    volunteers=p: with probability p, a missing question is answered by a wish of its own (the offline logs)."""
+
+    def __init__(self, volunteers=0.0):
+        self.volunteers = volunteers
+
+    def reply(self, dialogues):
+        return [self.one_reply(d.messages, d.secret, random.Random(d.seed("user"))) for d in dialogues]
+
+    def one_reply(self, messages, wishes, rng):
+        known = stated(messages)
+        asked = QUESTION.search(messages[-1]["content"])
+        if asked and asked[1] in WISHES:
+            value = wishes[asked[1]]
+            if asked[1] in known:
+                return f"{value} again"
+            return "not sure" if rng.random() < 0.15 else f"{value} please"
+        unknown = [name for name in WISHES if name not in known]
+        if unknown and rng.random() < self.volunteers:
+            return f"{wishes[rng.choice(unknown)]} please"
+        return "go on"
+
+
+class Reward:
+    """The share of the four wishes that the user has stated and the last proposal meets, in {0, 1/4, ..., 1}.
+
+    Unstated wishes do not count, so a lucky guess earns nothing: counting them would bury the signal in luck. The
+    question itself earns nothing either, else last-turn training would learn to ask for the question's own sake."""
+
+    def __call__(self, dialogues):
+        return [self.one_reward(d.messages) for d in dialogues]
+
+    def one_reward(self, messages):
+        proposal = PROPOSAL.match(messages[-1]["content"])
+        known = stated(messages)
+        return sum(known.get(n) == v for n, v in zip(WISHES, proposal.groups())) / 4 if proposal else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The scripted clerk, whose dialogues the base policy imitates
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def clerk(messages, rng, uses=0.85, asks=0.5):
+    """A proposal that uses each known wish with probability `uses`, and a question with probability `asks`, about
+    an attribute drawn at random, known or not: a clerk who listens fairly well and asks badly."""
+    known = stated(messages)
+    words = [known[n] if n in known and rng.random() < uses else rng.choice(WISHES[n]) for n in WISHES]
+    question = f"which {rng.choice(list(WISHES))} ?" if rng.random() < asks else "anything else ?"
+    return f"try the {' '.join(words)} . {question}"
+
+
+def clerk_dialogue(tokenizer, prompt, customer, rng, turns, **habits):
+    """A dialogue of `turns` turns between the scripted clerk and a customer."""
+    dialogue = Dialogue.start(tokenizer, prompt.text, secret=prompt.secret)
+    for turn in range(1, turns + 1):
+        text = clerk(dialogue.messages, rng, **habits)
+        dialogue.add_answer(tokenizer, tokenizer.encode(text + tokenizer.eos_token, add_special_tokens=False))
+        if turn < turns:
+            dialogue.add_user(tokenizer, customer.one_reply(dialogue.messages, prompt.secret, rng))
+    return dialogue
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The base policy
+# ---------------------------------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] | trim }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tokenizer():
+    """One word, one token; a chat template of its own."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"]
+    vocab = {word: i for i, word in enumerate(special + WORDS)}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<|unknown|>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<|begin|>", eos_token="<|end|>", pad_token="<|pad|>",
+        unk_token="<|unknown|>", chat_template=TEMPLATE, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+RECIPE = dict(steps=350, batch=32, lr=3e-3, turns=5, hidden=96, layers=3, seed=0)
+
+
+def is_built(folder):
+    """Whether the folder holds the base policy of this very recipe."""
+    path = os.path.join(folder, "recipe.json")
+    return os.path.exists(path) and read_json(path) == RECIPE
+
+
+def base_policy(folder, recipe=RECIPE):
+    """Train pi_1 by next-token prediction on the clerk's words, and keep it as a Hugging Face folder.
+
+    About 0.34 M parameters; heads of 32, which vLLM's CPU attention wants. A policy that has not learned to copy the
+    customer's words cannot be improved by any method, so training runs until it does (steps were chosen for that)."""
+    import torch
+    from tqdm import tqdm
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(recipe["seed"])
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=recipe["hidden"], intermediate_size=256, head_dim=32,
+        num_hidden_layers=recipe["layers"], num_attention_heads=3, num_key_value_heads=3,
+        max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.1,  # 1 / sqrt(hidden): at the usual 0.02 this width needs five times the steps to copy
+    ))  # fmt: skip
+    rng = random.Random(recipe["seed"])
+    prompts = load_prompts(recipe["steps"] * recipe["batch"], "base")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], recipe["steps"], pct_start=0.1)
+    bar = tqdm(range(recipe["steps"]), desc="base policy", unit="step")
+    for step in bar:
+        batch = prompts[step * recipe["batch"] : (step + 1) * recipe["batch"]]
+        rows = [clerk_dialogue(tokenizer, prompt, Customer(), rng, recipe["turns"]) for prompt in batch]
+        length = max(len(d.ids) for d in rows)
+        ids_BT = torch.full((len(rows), length), tokenizer.pad_token_id)
+        labels_BT = torch.full((len(rows), length), -100)  # the user's words are not predicted
+        for i, d in enumerate(rows):
+            ids_BT[i, : len(d.ids)] = torch.tensor(d.ids)
+            for start, end in d.spans:
+                labels_BT[i, start:end] = ids_BT[i, start:end]
+        loss = model(input_ids=ids_BT, labels=labels_BT).loss
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+
+    def write(partial):
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        with open(os.path.join(partial, "recipe.json"), "w") as file:
+            json.dump(recipe, file)
+
+    write_folder(folder, write)
+    return folder
