@@ -199,6 +199,7 @@ def train(cfg):
     for t in range(1, cfg.iterations + 1):
         folder = os.path.join(cfg.out, f"iter_{t}")
         if os.path.isdir(os.path.join(folder, "policy")):
+            remove_training(folder)
             continue
         prompts = simulator.train_prompts(cfg, policy.tokenizer, t)
         pairs = collected(folder, prompts, policy, user, reward, cfg, t)
@@ -207,6 +208,7 @@ def train(cfg):
         first_step = load_training(folder, model, optimizer)
         regress(model, optimizer, pairs, cfg, refuel_loss, first_step, Keeper(folder, model, optimizer, cfg, t))
         save_policy(os.path.join(folder, "policy"), model, start)
+        remove_training(folder)
         policy.update(full_weights(model))
     return policy, user, reward
 
@@ -448,7 +450,9 @@ def shard(model):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     cuda = torch.cuda.is_available()
-    options = dict(mesh=init_device_mesh(device().type, (world(),)))
+    # The root, too, gives its weights back after a forward (FSDP2's default keeps them): a forward without backward
+    # would else leave whole tensors in place of the sharded ones, and an optimiser made then would hold the wrong ones.
+    options = dict(mesh=init_device_mesh(device().type, (world(),)), reshard_after_forward=True)
     if cuda:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         model.compute_dtype = torch.bfloat16
@@ -503,7 +507,6 @@ def save_policy(path, model, start):
 
     if rank() == 0:
         simulator.write_folder(path, write)
-        shutil.rmtree(os.path.join(os.path.dirname(path), "training"), ignore_errors=True)
     barrier()
 
 
@@ -554,6 +557,11 @@ def load_training(folder, model, optimizer):
     for name, tensor in training_state(model, optimizer).items():
         tensor.copy_(state[name])
     return saved["step"] + 1
+
+
+def remove_training(folder):
+    if rank() == 0:
+        shutil.rmtree(os.path.join(folder, "training"), ignore_errors=True)
 
 
 class Keeper:
@@ -651,12 +659,18 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
+def boolean(text):
+    if text not in ("true", "false"):
+        raise ValueError
+    return text == "true"
+
+
 def read_config(argv, description=__doc__, **more):
     """The configuration of a command line: the setting's values, each replaced by its flag. more: other flags of a
     script, name=dict of add_argument's options, returned beside it."""
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
-        kind = json.loads if f.type is bool else f.type  # true and false as in the saved config.json
+        kind = boolean if f.type is bool else f.type
         name = "--" + f.name.replace("_", "-")
         parser.add_argument(name, type=kind, default=argparse.SUPPRESS, metavar=f.type.__name__)
     for name, options in more.items():
@@ -702,16 +716,18 @@ def prepare(cfg):
     path = os.path.join(cfg.out, "config.json")
     if os.path.exists(path):
         old, new = simulator.read_json(path), asdict(cfg)
-        other = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+        other = [k for k in sorted(old.keys() | new.keys()) if k != "out" and old.get(k) != new.get(k)]
         if other:
             raise BadInput(f"{cfg.out} is a run with another {', '.join(other)}: choose another --out")
-    elif os.path.exists(cfg.out) and (not os.path.isdir(cfg.out) or os.listdir(cfg.out)):
+    elif os.path.exists(cfg.out) and (not os.path.isdir(cfg.out) or set(os.listdir(cfg.out)) - {"config.json.partial"}):
         raise BadInput(f"--out {cfg.out} exists and is not a run's folder")
     return cfg
 
 
 def start_processes():
     """One process group for any start: torchrun's, or a group of one."""
+    if dist.is_initialized():
+        return
     if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     else:
@@ -727,7 +743,8 @@ def main(argv=None):
         cfg = prepare(cfg)
         if rank() == 0:
             os.makedirs(cfg.out, exist_ok=True)
-            simulator.write_file(os.path.join(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=1))
+            if not os.path.exists(os.path.join(cfg.out, "config.json")):
+                simulator.write_file(os.path.join(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=1))
             print("\n".join(f"{k:26s}{v}" for k, v in asdict(cfg).items()), flush=True)
         speakers = train(cfg)
         import evaluate

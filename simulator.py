@@ -401,7 +401,7 @@ def load_split(cfg, split):
         raise BadInput(f"--dataset {cfg.dataset}: the toy's customers are the data set 'toy'")
     import toy
 
-    return toy.load_prompts(toy.POOL[split], split)
+    return toy.load_prompts(split)
 
 
 def load_user(cfg):
@@ -442,6 +442,7 @@ def find_checkpoint(path):
     if os.path.isdir(path):
         if not os.path.exists(os.path.join(path, "config.json")):
             raise BadInput(f"{path} is not a checkpoint: it has no config.json")
+        weight_files(path)
         return path
     if os.path.exists(path) or path.count("/") != 1 or path.startswith((".", "/", "~", "runs/")):
         raise BadInput(f"no checkpoint at {path}")
@@ -538,8 +539,9 @@ def in_waves(path, items, size, work, desc):
         barrier()
         if rank() == 0:
             write_lines(path, (row for name in names for row in read_lines(name)))
-            shutil.rmtree(parts)
         barrier()
+    if rank() == 0:
+        shutil.rmtree(parts, ignore_errors=True)
     return read_lines(path)
 
 

@@ -13,6 +13,7 @@ question pays turns later: exactly what last-turn training cannot see and a regr
 The tokenizer, its chat template, the Llama and the checkpoint folder are of the real kinds, only small; nothing
 downstream knows that this is a toy. Everything is seeded; the base policy is trained once and kept.
 """
+import functools
 import json
 import os
 import random
@@ -38,10 +39,11 @@ QUESTION = re.compile(r"which (\w+) \?")
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def load_prompts(n, split):
-    """n customers: an opening that states one wish, and all four wishes as the secret that the policy never sees."""
+@functools.lru_cache
+def load_prompts(split, n=None):
+    """The split's customers: an opening that states one wish, and all four wishes as the secret that the policy never sees."""
     prompts = []
-    for row in range(n):
+    for row in range(n or POOL[split]):
         rng = random.Random(seed_for("customer", split, row))
         secret = {name: rng.choice(values) for name, values in WISHES.items()}
         prompts.append(Prompt(f"something {secret[rng.choice(list(WISHES))]} please", secret))
@@ -173,7 +175,7 @@ def base_policy(folder, recipe=RECIPE):
         initializer_range=0.1,  # 1 / sqrt(hidden): at the usual 0.02 this width needs five times the steps to copy
     ))  # fmt: skip
     rng = random.Random(recipe["seed"])
-    prompts = load_prompts(recipe["steps"] * recipe["batch"], "base")
+    prompts = load_prompts("base", recipe["steps"] * recipe["batch"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], recipe["steps"], pct_start=0.1)
     bar = tqdm(range(recipe["steps"]), desc="base policy", unit="step")

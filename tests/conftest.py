@@ -55,7 +55,7 @@ def tokenizers():
 def base(tmp_path_factory):
     """A base policy of the toy that has seen a few batches: everything real but its skill."""
     path = str(tmp_path_factory.mktemp("base") / "policy")
-    return toy.base_policy(path, toy.RECIPE | dict(steps=12, batch=16))
+    return toy.base_policy(path, toy.RECIPE | dict(steps=60, batch=16))
 
 
 @pytest.fixture(scope="session", autouse=True)

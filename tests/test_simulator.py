@@ -226,7 +226,7 @@ def engine(request, base):
 
 
 def starts(tokenizer, n, first=0):
-    prompts = toy.load_prompts(n, "train")
+    prompts = toy.load_prompts("train", n)
     return [Dialogue.start(tokenizer, p.text, p.secret, (first + i,)) for i, p in enumerate(prompts)]
 
 
@@ -335,4 +335,4 @@ def test_prompts_are_drawn_without_replacement_and_anew_each_iteration(cfg):
     tokenizer = toy.make_tokenizer()
     first, second = (simulator.train_prompts(cfg, tokenizer, t) for t in (1, 2))
     assert [d.secret for d in first] != [d.secret for d in second] and len(first) == cfg.num_prompts
-    assert isinstance(toy.load_prompts(1, "test")[0], Prompt) and refuel.Config is type(cfg)
+    assert isinstance(toy.load_prompts("test", 1)[0], Prompt) and refuel.Config is type(cfg)

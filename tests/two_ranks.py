@@ -1,0 +1,45 @@
+"""torchrun --nproc_per_node 2 tests/two_ranks.py BASE OUT: log-probs, gradients and three steps on FSDP ranks, saved
+by rank 0 as OUT/ranks_{world}.safetensors for test_refuel.py to compare with one process."""
+import os
+import sys
+
+sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+
+from dataclasses import replace
+
+import refuel
+from conftest import random_pairs
+from refuel import pair_logps, rank, world
+
+
+def results(base, cfg):
+    """{name: tensor}: log-probs and gradients for both temperatures with checkpointing off and on; trained weights."""
+    found = {}
+    for temperature in (1.0, 0.8):
+        for checkpointing in (False, True):
+            model = refuel.load_policy(base, replace(cfg, activation_checkpointing=checkpointing))
+            model.train()
+            key = f"{temperature}/{checkpointing}"
+            logp_2B = pair_logps(model, random_pairs(9), temperature)
+            (logp_2B * (1 + logp_2B.detach().sin())).sum().backward()
+            found[f"{key}/logp"] = logp_2B.detach()
+            for name, p in model.named_parameters():
+                found[f"{key}/grad/{name}"] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+    model = refuel.load_policy(base, cfg)
+    refuel.regress(model, refuel.make_optimizer(model, cfg), random_pairs(19), cfg)  # 8, 8 and a last batch of 3
+    for name, whole in refuel.full_weights(model):
+        found[f"trained/{name}"] = whole
+    return {name: tensor.clone().contiguous() for name, tensor in found.items()}
+
+
+if __name__ == "__main__":
+    from safetensors.torch import save_file
+
+    base, out = sys.argv[1:]
+    flags = f"--setting toy --policy {base} --batch-size 8 --micro-tokens 128 --lr 1e-3 --eta 1 --out {out}"
+    cfg = refuel.read_config(flags.split())
+    refuel.start_processes()
+    found = results(base, cfg)
+    if rank() == 0:
+        save_file(found, os.path.join(out, f"ranks_{world()}.safetensors"))
+    refuel.barrier()

@@ -1,0 +1,449 @@
+"""Multi-turn conversations small enough that everything is computed exactly (sections 2 and 3, appendices A and B).
+
+A finite-horizon MDP: H turns, one reward at the end, r(s_{H+1}) with s_{H+1} = (s_H, y_H). The states of different
+turns are disjoint (section 3.2): a state is the pair (h, s), so every table has a leading axis H and turns share
+nothing. Turns are numbered from 0 here, from 1 in the paper. Roll-outs are computed twice: by listing every future
+(`endings`), which is the definition, and by recursion (`q_values`); check_props.py holds one against the other.
+
+Dimension key: H turns, S states a turn, A responses a state (the paper's Y), O = S * A endings (s_H, y_H),
+d features, T iterations, n pairs; `...` any leading axes: most functions take a stack of policies. float64
+throughout; logits and policies may be complex, so that derivatives can be taken by complex steps (`minimise`).
+"""
+from typing import NamedTuple
+
+import numpy as np
+
+
+# ---- Section 2: the MDP, policies, roll-ins and roll-outs -----------------------------------------------------------
+
+class MDP(NamedTuple):
+    start: np.ndarray   # (S,) law of s_1, the paper's rho
+    move: np.ndarray    # (H-1, S, A, S) law of s_{h+1} given s_h, y_h: the user
+    reward: np.ndarray  # (S, A) r(s_{H+1})
+
+    @property
+    def shape(self):
+        """(H, S, A)"""
+        return (len(self.move) + 1, *self.reward.shape)
+
+
+def random_mdp(rng, H, S, A):
+    """Rewards in [0, 1], and a user who may lead anywhere: a minimiser is unique only in states that are reached."""
+    move = 0.9 * rng.dirichlet(np.full(S, 0.3), size=(H - 1, S, A)) + 0.1 / S
+    return MDP(rng.dirichlet(np.full(S, 5.0)), move, rng.uniform(size=(S, A)))
+
+
+def log_softmax(x):
+    """No maximum is subtracted, because that is not differentiable."""
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def softmax(x):
+    return np.exp(log_softmax(x))
+
+
+def random_policy(rng, shape):
+    return softmax(rng.normal(size=shape))
+
+
+def uniform_policy(shape):
+    return np.full(shape, 1 / shape[-1])
+
+
+def endings(mdp, pi):
+    """Roll-outs: law of the ending (s_H, y_H) after y_h at s_h, (H, S, A, O), by listing every future one by one."""
+    H, S, A = mdp.shape
+    law = np.zeros((H, S, A, S, A))
+
+    def follow(origin, prob, h, s, y):
+        if h == H - 1:
+            law[origin][s, y] += prob
+            return
+        for s2 in range(S):
+            for y2 in range(A):
+                follow(origin, prob * mdp.move[h, s, y, s2] * pi[h + 1, s2, y2], h + 1, s2, y2)
+
+    for origin in np.ndindex(H, S, A):
+        follow(origin, 1.0, *origin)
+    return law.reshape(H, S, A, S * A)
+
+
+def q_by_listing(mdp, pi):
+    """Q_h^pi(s, y), (H, S, A), by its definition: the mean reward over all futures."""
+    return endings(mdp, pi) @ mdp.reward.ravel()
+
+
+def q_values(mdp, pi):
+    """Q_h^pi(s, y), (..., H, S, A), by backward recursion."""
+    H = mdp.shape[0]
+    q = [np.broadcast_to(mdp.reward, pi[..., 0, :, :].shape)]
+    for h in reversed(range(H - 1)):
+        v = (pi[..., h + 1, :, :] * q[0]).sum(-1)              # (..., S)
+        q.insert(0, np.tensordot(v, mdp.move[h], (-1, -1)))   # (..., S, A)
+    return np.stack(q, -3)
+
+
+def occupancy(mdp, pi):
+    """Roll-ins: d_h^pi(s), (..., H, S), by forward recursion."""
+    d = [np.broadcast_to(mdp.start, pi[..., 0, :, 0].shape)]
+    for h in range(mdp.shape[0] - 1):
+        joint = d[-1][..., None] * pi[..., h, :, :]            # (..., S, A)
+        d.append(np.tensordot(joint, mdp.move[h], 2))
+    return np.stack(d, -2)
+
+
+def performance(mdp, pi):
+    """J(pi), (...)."""
+    return (mdp.start * (pi * q_values(mdp, pi)).sum(-1)[..., 0, :]).sum(-1)
+
+
+def advantage(pi, f):
+    """f minus its mean under pi in every state: A_h^pi for f = Q_h^pi, and the centred Delta^t for f = Delta^t."""
+    return f - (pi * f).sum(-1, keepdims=True)
+
+
+def optimal_policy(mdp):
+    """The best policy, by backward induction: a deterministic comparator pi^*."""
+    pi = uniform_policy(mdp.shape)
+    for h in reversed(range(mdp.shape[0])):
+        pi[h] = np.eye(mdp.shape[-1])[q_values(mdp, pi)[h].argmax(-1)]
+    return pi
+
+
+# ---- Section 3: the update, the data set as a law, and the losses ---------------------------------------------------
+
+def reweigh(pi, gain, eta):
+    """pi exp(eta gain) / Z, (..., H, S, A)."""
+    weight = pi * np.exp(eta * (gain - gain.max(-1, keepdims=True)))
+    return weight / weight.sum(-1, keepdims=True)
+
+
+def refuel_step(mdp, pi, eta):
+    """Eq. 3, REFUEL's exact update pi exp(eta Q^pi) / Z, (H, S, A)."""
+    return reweigh(pi, q_values(mdp, pi), eta)
+
+
+def pair_law(mdp, pi, future=None, common_numbers=False):
+    """Line 3 of Algorithm 1 as a law: probability of h, s, y, y' and both endings, (H, S, A, A, O, O).
+
+    h is uniform, s ~ d_h^pi, y and y' ~ pi independently, and both futures follow pi (or `future`) independently;
+    with common_numbers the same random number drives both futures: each keeps its law, jointly they depend."""
+    weight = np.einsum("hs,hsa,hsb->hsab", occupancy(mdp, pi) / mdp.shape[0], pi, pi)
+    law = endings(mdp, pi if future is None else future)
+    y, y2 = np.s_[:, :, :, None, :, None], np.s_[:, :, None, :, None, :]
+    joint = law[y] * law[y2]
+    if common_numbers:
+        upper, lower = law.cumsum(-1), law.cumsum(-1) - law
+        joint = np.maximum(0, np.minimum(upper[y], upper[y2]) - np.maximum(lower[y], lower[y2]))
+    return weight[..., None, None] * joint
+
+
+def dependent_law(mdp, pi):
+    """As `pair_law`, but y' has seen the first future: it is ~ pi after a good one, uniform after a poor one."""
+    law, ending = pair_law(mdp, pi), mdp.reward.ravel()
+    uniform = law / pi[:, :, None, :, None, None] / mdp.shape[-1]
+    return np.where((ending < ending.mean())[:, None], uniform, law)
+
+
+def pair_difference(f):
+    """f(y) - f(y') for every pair of responses: (..., A) -> (..., A, A)."""
+    return f[..., :, None] - f[..., None, :]
+
+
+def eq1_loss(mdp, law, log_ratio, eta):
+    """Eq. 1 and 7 with the exact expectation over the pairs; log_ratio = ln pi / pi_t (..., H, S, A) -> (...)."""
+    future = pair_difference(mdp.reward.ravel())               # (O, O) r(s_{H+1}) - r(s'_{H+1})
+    residual = pair_difference(log_ratio)[..., None, None] / eta - future
+    return (law * residual**2).sum((-6, -5, -4, -3, -2, -1))
+
+
+def eq6_loss(law, q, log_ratio, eta):
+    """Eq. 6: as Eq. 1, but regressing the difference of the true Q (H, S, A)."""
+    return (law.sum((-2, -1)) * (pair_difference(log_ratio) / eta - pair_difference(q))**2).sum((-4, -3, -2, -1))
+
+
+def minimise(f, x):
+    """The minimiser of f near x, (n,), by damped Newton steps.
+
+    A reference that shares nothing with any closed form: it only evaluates f, which maps (m, n) to (m,) and must be
+    analytic. Gradients by complex steps, exact to rounding: f(x + i e) = f(x) + i e f'(x) has no cancellation."""
+    unit = np.eye(len(x))
+
+    def gradient(z):
+        return f(z + 1e-30j * unit).imag / 1e-30
+
+    damping = 1e-3
+    for _ in range(200):
+        g = gradient(x)
+        if np.abs(g).max() < 1e-14:
+            return x
+        hessian = np.stack([gradient(x + 1e-5 * e) - gradient(x - 1e-5 * e) for e in unit]) / 2e-5
+        step = np.linalg.solve(hessian + damping * unit, g)
+        step = step / max(1, np.abs(step).max())
+        better = f((x - step)[None])[0] <= f(x[None])[0] + 1e-15   # rounding near the optimum
+        x = x - step if better else x
+        damping = max(damping / 10, 1e-9) if better else damping * 10
+    raise RuntimeError(f"the optimiser did not converge: its gradient is still {np.abs(g).max():.1e}")
+
+
+def best_policy(loss, shape):
+    """The minimiser of loss over all policies; loss maps ln pi (m, H, S, A) to (m,)."""
+    x = minimise(lambda x: loss(log_softmax(x.reshape(-1, *shape))), np.zeros(np.prod(shape)))
+    return softmax(x.reshape(shape))
+
+
+def log_linear_gain(mdp, phi, pi):
+    """The minimiser of Eq. 6 among log-linear policies: ln(pi'/pi) = eta w.phi + const, returned as w.phi (H, S, A).
+
+    phi is (H, S, A, d). The normaliser drops out of every pair, so only features and Q centred in each state count."""
+    mass = np.sqrt(occupancy(mdp, pi)[..., None] * pi)
+    x = mass[..., None] * np.moveaxis(advantage(pi[..., None, :], np.moveaxis(phi, -1, -2)), -1, -2)
+    y = mass * advantage(pi, q_values(mdp, pi))
+    return phi @ np.linalg.lstsq(x.reshape(-1, phi.shape[-1]), y.ravel(), rcond=None)[0]
+
+
+def sample_pairs(rng, mdp, pi, n):
+    """Line 3 of Algorithm 1, n times: h, s, y, y' and the two rewards, each (n,)."""
+    H = mdp.shape[0]
+
+    def draw(p):
+        return (p.cumsum(-1) < rng.uniform(size=(n, 1))).sum(-1).clip(max=p.shape[-1] - 1)
+
+    def rollout(h, s, y):
+        for g in range(H - 1):
+            on = g >= h                                        # this conversation has reached its reset
+            s2 = draw(mdp.move[g, s, y])
+            y, s = np.where(on, draw(pi[g + 1, s2]), y), np.where(on, s2, s)
+        return mdp.reward[s, y]
+
+    h = rng.integers(H, size=n)
+    s = draw(np.broadcast_to(mdp.start, (n, len(mdp.start))))
+    for g in range(H - 1):
+        s = np.where(g < h, draw(mdp.move[g, s, draw(pi[g, s])]), s)
+    y, y2 = draw(pi[h, s]), draw(pi[h, s])
+    return h, s, y, y2, rollout(h, s, y), rollout(h, s, y2)
+
+
+def sampled_gain(shape, h, s, y, y2, r, r2):
+    """The minimiser of Eq. 1 over all policies on sampled pairs, as ln(pi'/pi) / eta, (H, S, A).
+
+    The smallest solution of the normal equations of a state, so what no pair has seen stays where it is."""
+    H, S, A = shape
+    side = np.eye(A)[y] - np.eye(A)[y2]                        # (n, A)
+    gram, target = np.zeros((H, S, A, A)), np.zeros(shape)
+    np.add.at(gram, (h, s), side[:, :, None] * side[:, None, :])
+    np.add.at(target, (h, s), side * (r - r2)[:, None])
+    return (np.linalg.pinv(gram, rcond=1e-10) @ target[..., None])[..., 0]
+
+
+# ---- Appendix A: mirror descent, and what Theorem 1 speaks of -------------------------------------------------------
+
+def mirror_descent(adversary, T, A, eta):
+    """Largest sum_t A^t(y) over y after T steps pi_{t+1} ∝ pi_t exp(eta A^t) from the uniform policy, (n,).
+
+    adversary(t, p) returns A^t (n, A) knowing p = pi_t (n, A). One state: Lemma 3 holds state by state."""
+    total = np.zeros((1, A))
+    for t in range(T):
+        total = total + adversary(t, softmax(eta * (total - total.max(-1, keepdims=True))))
+    return total.max(-1)
+
+
+def bounded(a, p, C, centre=True):
+    """a with its mean under p taken out (unless told not to) and shrunk until |a| <= C, (n, A)."""
+    a = a - (p * a).sum(-1, keepdims=True) if centre else a
+    return a * np.minimum(1, C / np.abs(a).max(-1, keepdims=True))
+
+
+def searched_sums(rng, T, A, eta, C, centre=True):
+    """`mirror_descent` on 16 random sequences, then on what 60 rounds of hill climbing make of them, (32,)."""
+    def climb(raw):
+        return mirror_descent(lambda t, p: bounded(raw[t], p, C, centre), T, A, eta)
+
+    raw = C * rng.uniform(-1, 1, size=(T, 16, A))
+    first = best = climb(raw)
+    for _ in range(60):
+        trial = np.where(rng.uniform(size=raw.shape) < 0.2, C * rng.uniform(-1, 1, size=raw.shape), raw)
+        value = climb(trial)
+        raw, best = np.where((value > best)[:, None], trial, raw), np.maximum(value, best)
+    return np.concatenate([first, best])
+
+
+def worst_sums(T, A, eta, C, centre=True):
+    """`mirror_descent` on sequences built to be worst, for 11 lengths of the wait, (11,): wait, then sprint.
+
+    While waiting, y* = 0 gains just what keeps pi_t(y*) in place, and the other responses swing by +-C in two halves,
+    which costs the policy eta^2 C^2 / 2 a step. In the sprint y* takes C a step until pi_t(y*) is near 1."""
+    wait = (T - np.log(A) / (eta * C) * np.linspace(0.5, 3, 11)).astype(int)[:, None]
+    half = np.arange(A) % 2 == 1
+
+    def adversary(t, p):
+        light = np.where((p * half).sum(-1) <= (p * ~half).sum(-1) - p[:, 0], C, -C)[:, None]
+        waiting = light * np.where(half, 1.0, -1.0)
+        waiting[:, 0] = (p[:, 1:] * waiting[:, 1:]).sum(-1) / p[:, 1:].sum(-1) + eta * C**2 / 2
+        sprint = np.where(np.arange(A) == 0, 1.0, -p[:, :1] / (1 - p[:, :1]))
+        sprint = C * sprint / np.abs(sprint).max(-1, keepdims=True)
+        return bounded(np.where(t < wait, waiting, sprint), p, C, centre)
+    return mirror_descent(adversary, T, A, eta)
+
+
+def learn(mdp, gain, T, first):
+    """T REFUEL updates of `first` with eta = sqrt(ln Y / (C^2 T)), as in Lemma 3: policies (T+1, H, S, A), eta, C.
+
+    gain(pi) is the regressor's ln(pi'/pi) / eta. C must bound |A^t|, which is known only after the run: start at 1,
+    the range of the reward, and run again with a larger C while the bound was broken."""
+    C = 1.0
+    for _ in range(10):
+        eta = np.sqrt(np.log(mdp.shape[-1]) / (C**2 * T))
+        pis, gains = [first], []
+        for _ in range(T):
+            gains.append(gain(pis[-1]))
+            pis.append(reweigh(pis[-1], gains[-1], eta))
+        # A^t = A^pi + Delta - Delta_pi is the centred gain: the Q in A^pi and the Q in Delta cancel.
+        measured = np.abs(advantage(np.stack(pis[:-1]), np.stack(gains))).max()
+        if measured <= C + 1e-12:
+            return np.stack(pis), eta, C
+        C = 1.1 * measured
+    raise RuntimeError(f"no C bounds the advantages: {measured} > {C}")
+
+
+class Theorem1(NamedTuple):
+    eps: float   # Assumption 1, the largest over t
+    C_s: float   # Assumption 2, states
+    C_y: float   # Assumption 2, responses
+    gap: float   # mean over t of J(pi^*) - J(pi_t), which is at least the gap of the best t
+    regret_term: float   # 2 C H sqrt(ln Y / T)
+    eps_term: float      # H sqrt(C_s C_y eps / 2)
+
+
+def theorem1(mdp, pis, eta, C, comparator, prefixes=None):
+    """Every quantity of Theorem 1, measured; `prefixes` (H, S) replaces d^{pi_t} in Assumption 1 for a negative."""
+    H, S, A = mdp.shape
+    T, pi = len(pis) - 1, pis[:-1]
+    d, q = occupancy(mdp, pi), q_values(mdp, pi)
+    log = np.log(np.maximum(pis, 1e-300))
+    error = pair_difference((log[1:] - log[:-1]) / eta - q)**2              # (T, H, S, A, A)
+    pairs = pi[..., :, None] * pi[..., None, :]
+    roll_in = d if prefixes is None else prefixes
+    eps = ((pairs * error).sum((-2, -1)) * roll_in).sum((-2, -1)).max() / H
+    # A state or response the comparator never meets needs no cover.
+    star = occupancy(mdp, comparator)
+    C_s = np.divide(star, d, out=np.zeros_like(d), where=star > 0).max()
+    C_y = np.divide(comparator, pi, out=np.zeros_like(pi), where=comparator > 0).max()
+    gap = performance(mdp, comparator) - performance(mdp, pi).mean()
+    return Theorem1(eps, C_s, C_y, gap, 2 * C * H * np.sqrt(np.log(A) / T), H * np.sqrt(C_s * C_y * eps / 2))
+
+
+# ---- Section 3.2 and appendix B: the two approximation errors -------------------------------------------------------
+
+def apc_by_search(mdp, phi, theta, eta, partition=False):
+    """The APC condition as written, minimised over pi' in Pi and C > 0 (or with C = Z, the partition function)."""
+    pi, d = softmax(phi @ theta), len(theta)
+    q, mass = q_by_listing(mdp, pi), occupancy(mdp, pi)[..., None] * pi / mdp.shape[0]
+    log_Z = np.log((pi * np.exp(eta * q)).sum(-1))
+
+    def loss(x):
+        log_C = log_Z if partition else x[:, d:].reshape(-1, *log_Z.shape)
+        log_new = log_softmax(np.moveaxis(phi @ x[:, :d].T, -1, 0))
+        return (mass * ((log_new - np.log(pi) - eta * q + log_C[..., None]) / eta)**2).sum((-3, -2, -1))
+    start = theta if partition else np.concatenate([theta, log_Z.ravel()])
+    return float(loss(minimise(loss, start)[None])[0])
+
+
+def weighted_design(mdp, phi, pi):
+    """Least squares under h uniform, s ~ d_h^pi, y ~ pi: rows scaled by the root of their probability.
+
+    Returns features (H*S*A, d), one indicator a state (H*S*A, H*S), and Q (H*S*A,)."""
+    H, S, A = mdp.shape
+    root = np.sqrt(occupancy(mdp, pi)[..., None] * pi / H).reshape(-1, 1)
+    states = np.repeat(np.eye(H * S), A, axis=0)
+    return root * phi.reshape(H * S * A, -1), root * states, root[:, 0] * q_values(mdp, pi).ravel()
+
+
+def residual_error(x, y):
+    """min_w |y - x w|^2."""
+    return float(((y - x @ np.linalg.lstsq(x, y, rcond=None)[0])**2).sum())
+
+
+def apc_error(mdp, phi, theta, eta):
+    """Left side of the APC condition at pi_theta: least squares of Q on the features, an intercept free in every state.
+
+    (1/eta)(ln pi' - ln pi - eta Q + ln C) = (theta' - theta).phi / eta - Q + c(s): the normalisers of pi' and pi go
+    into c(s), which is any real number because C(s) is any positive one. Hence eta only scales theta' - theta."""
+    x, states, q = weighted_design(mdp, phi, softmax(phi @ theta))
+    return residual_error(np.hstack([x / eta, states]), q)
+
+
+def q_approx_error(mdp, phi, theta):
+    """Left side of the condition of NPG (Proposition 1) at pi_theta: the same least squares without intercepts."""
+    x, _, q = weighted_design(mdp, phi, softmax(phi @ theta))
+    return residual_error(x, q)
+
+
+# ---- Sections 3.1 and 2.1: methods, and MDPs to compare them on -----------------------------------------------------
+
+def gradient_gaps(mdp, eta, T, natural=True):
+    """J(pi*) - J after 1..T steps from the uniform policy, (T,), by NPG (= exact REFUEL) or vanilla policy gradient."""
+    logits, pis = np.zeros(mdp.shape), []
+    for _ in range(T):
+        pi = softmax(logits)
+        step = advantage(pi, q_values(mdp, pi))
+        logits = logits + eta * (step if natural else occupancy(mdp, pi)[..., None] * pi * step)
+        logits = logits - logits.max(-1, keepdims=True)
+        pis.append(softmax(logits))
+    return performance(mdp, optimal_policy(mdp)) - performance(mdp, np.stack(pis))
+
+
+def npg_bound(mdp, eta, T):
+    """H (ln Y / eta + max r) / T for 1..T, derived as in Agarwal et al. (2021), for a finite horizon and r >= 0.
+
+    Mirror descent: gap_t = sum_h E_{d*} (KL_t - KL_{t+1} + ln Z_t) / eta, where Z_t normalises exp(eta A), and
+    V^{t+1}(s) - V^t(s) >= ln Z_t(s) / eta >= 0 in every state. Both sums over t telescope, and gap_t only falls."""
+    H, _, A = mdp.shape
+    return H * (np.log(A) / eta + mdp.reward.max()) / np.arange(1, T + 1)
+
+
+def lock(H, A=3):
+    """One right response a turn, the reward 1 only after H of them: the gradient of J starts at A^-H."""
+    move = np.zeros((H - 1, 2, A, 2))
+    move[..., 1] = 1
+    move[:, 0, 0] = [1, 0]
+    reward = np.zeros((2, A))
+    reward[0, 0] = 1
+    return MDP(np.array([1.0, 0.0]), move, reward)
+
+
+def shop(H):
+    """Section 2.1 as a shop with a random customer; returns the MDP and the clerk (H, S, A) who wrote the logs.
+
+    State 0: the customer has not been asked. Responses 0 and 1 talk on, response 2 asks, and the customer answers
+    at random "red" (state 1) or "blue" (state 2), and again in every later turn. The last response sells: in state
+    0 the usual article (0) is worth 3/4; in state 1 only the red one (0), in state 2 only the blue one (1), is worth
+    1; everything else 0. The clerk never asks, so states 1 and 2 are not in the logs. Asking is best, but for the
+    uniform policy, which then sells blindly (1/3), it is worse than 3/4 before anything is learned."""
+    move = np.zeros((H - 1, 3, 3, 3))
+    move[:, 0, :2, 0] = 1
+    move[:, 0, 2, 1:] = 1 / 2
+    move[:, 1:, :, 1:] = 1 / 2
+    clerk = uniform_policy((H, 3, 3))
+    clerk[:, 0] = [1 / 2, 1 / 2, 0]
+    return MDP(np.array([1.0, 0.0, 0.0]), move, np.array([[3 / 4, 0, 0], [1, 0, 0], [0, 1, 0]])), clerk
+
+
+METHODS = {   # name -> (whose prefixes, the last turn only)
+    "LT-MIXED": ("logs", True), "LT-ONLINE": ("own", True), "MT-MIXED": ("logs", False), "REFUEL": ("own", False)}
+
+
+def shift_gap(method, H, clerk_random=0.0, T=1000, eta=1.0):
+    """J(pi*) - J after T exact regressions of Eq. 1 in `shop(H)`, with the prefixes and turns of a method.
+
+    With tabular policies the minimiser of the expected loss is Eq. 3 in every state that has weight, however small;
+    where it has none the loss is flat, and the minimiser nearest to pi_t leaves pi_t as it is. So here a distribution
+    matters through its support alone; how little weight hurts with finite data is what C_s of Theorem 1 measures."""
+    (prefixes, last_only), (mdp, clerk) = METHODS[method], shop(H)
+    clerk = (1 - clerk_random) * clerk + clerk_random * uniform_policy(mdp.shape)
+    pi = uniform_policy(mdp.shape)
+    for _ in range(T):
+        seen = occupancy(mdp, clerk if prefixes == "logs" else pi) > 0
+        seen[:-1] &= not last_only
+        pi = np.where(seen[..., None], refuel_step(mdp, pi, eta), pi)
+    return performance(mdp, optimal_policy(mdp)) - performance(mdp, pi)
