@@ -72,6 +72,7 @@ class Config:
     micro_tokens: int  # tokens a forward and backward on one rank
     activation_checkpointing: bool
     checkpoint_steps: int  # steps between two saved training states
+    snapshot_steps: int  # steps between two policies kept for Figure 2; 0: none
     wave: int  # dialogues that an engine plays at once: the unit of work, of seeds and of resuming
     eval_dialogues: int  # section 4.2: 500; more here, since one turn's interval is 4.4 points wide at 500
 
@@ -82,7 +83,7 @@ SETTINGS = {
         policy="toy", reference="toy", user="toy", reward="toy", dataset="toy", engine="auto", out="runs/toy", seed=0,
         iterations=2, num_prompts=4096, max_turns=5, max_new_tokens=16, max_length=256, temperature=1.0,
         eta=10.0, lr=1e-4, warmup=0.1, weight_decay=1e-6, batch_size=32, epochs=1, micro_tokens=4096,
-        activation_checkpointing=False, checkpoint_steps=50, wave=512, eval_dialogues=1000,
+        activation_checkpointing=False, checkpoint_steps=50, snapshot_steps=0, wave=512, eval_dialogues=1000,
     ),
 }  # fmt: skip
 
@@ -114,35 +115,41 @@ def sample_resets(n, max_turns, rng):
     return h, H
 
 
-def collect(prompts, policy, user, reward, cfg, rng, dropped=None):
+def from_the_start(prompts, cfg, rng):
+    """REFUEL's roll-in: from s_1 by the policy itself. Returns (where the first roll-out begins, h, H)."""
+    return (prompts, *sample_resets(len(prompts), cfg.max_turns, rng))
+
+
+def collect(prompts, policy, user, reward, cfg, rng, dropped=None, roll_in=from_the_start):
     """Line 3: one pair for each prompt that survives, by rolling in, resetting to s_h and rolling out again.
 
     prompts: dialogues at s_1. The first roll-out goes on from the roll-in: the trajectory's own y_h is a sample of
     pi_t(.|s_h). The second one starts anew at s_h with its own noise, for policy and user alike: only the prefix is
     shared, so the difference of rewards is an unbiased estimate of Q(s_h, y_h) - Q(s_h, y'_h).
-    dropped: a Counter of the reasons for which prompts gave no pair."""
+    dropped: a Counter of the reasons for which prompts gave no pair; roll_in: what the baselines change."""
     dropped = Counter() if dropped is None else dropped
-    h, H = sample_resets(len(prompts), cfg.max_turns, rng)
+    starts, h, H = roll_in(prompts, cfg, rng)
     streams = rng.integers(2**62, size=len(prompts)).tolist()
-    first = rollout([replace(p, stream=(s, 0)) for p, s in zip(prompts, streams)], policy, user, H)
+    first = rollout([replace(p, stream=(s, 0)) for p, s in zip(starts, streams)], policy, user, H)
     whole = [i for i, d in enumerate(first) if not d.failed]
     resets = [replace(first[i].reset(h[i]), stream=(streams[i], 1)) for i in whole]
     second = dict(zip(whole, rollout(resets, policy, user, H[whole])))
     dropped.update(d.failed for d in [*first, *second.values()] if d.failed)
 
-    rows = [i for i in whole if not second[i].failed]
+    return make_pairs([(first[i], d, h[i]) for i, d in second.items() if not d.failed], reward, dropped)
+
+
+def make_pairs(futures, reward, dropped):
+    """Pairs from [(a finished dialogue, another one that parts from it at turn h, h)], with the rewards of both."""
     # the same response twice has a log-ratio of 0 under every pi: a constant in Eq. 1, and no gradient
-    same = {i for i in rows if first[i].answer(h[i]) == second[i].answer(h[i])}
-    dropped["identical"] += len(same)
-    rows = [i for i in rows if i not in same]
-    scores = reward([first[i] for i in rows] + [second[i] for i in rows])
+    distinct = [(d, d2, int(h)) for d, d2, h in futures if d.answer(h) != d2.answer(h)]
+    dropped["identical"] += len(futures) - len(distinct)
+    scores = reward([d for d, _, _ in distinct] + [d2 for _, d2, _ in distinct])
     pairs = []
-    for i, r, r2 in zip(rows, scores[: len(rows)], scores[len(rows) :]):
+    for (d, d2, h), r, r2 in zip(distinct, scores[: len(distinct)], scores[len(distinct) :]):
         if not (math.isfinite(r) and math.isfinite(r2)):
-            raise BadInput(f"the reward of a dialogue is not finite ({r}, {r2}): {first[i].messages[0]['content']!r}")
-        y, y2 = first[i].answer(h[i]), second[i].answer(h[i])
-        dialogues = (first[i], second[i])
-        pairs.append(Pair(first[i].reset(h[i]).ids, y, y2, (float(r), float(r2)), int(h[i]), int(H[i]), dialogues))
+            raise BadInput(f"the reward of a dialogue is not finite ({r}, {r2}): {d.messages[0]['content']!r}")
+        pairs.append(Pair(d.reset(h).ids, d.answer(h), d2.answer(h), (float(r), float(r2)), h, len(d.spans), (d, d2)))
     return pairs
 
 
@@ -191,26 +198,35 @@ def regress(model, optimizer, pairs, cfg, loss_fn=refuel_loss, first_step=0, aft
     return metrics
 
 
-def train(cfg):
-    """Lines 1 to 5: T times collect and regress. A finished stage is read from the run's folder, not done again."""
+def train(cfg, speakers=None, prompts_of=simulator.train_prompts, collect=collect, loss_fn=refuel_loss):
+    """Lines 1 to 5: T times collect and regress. A finished stage is read from the run's folder, not done again.
+
+    The baselines are this loop with other prompts, another collect, another loss. Returns the speakers (policy's
+    engine, user, reward), which live on: an engine is started once."""
     start = latest_policy(cfg)
     model = load_policy(start, cfg)
-    policy, user, reward = simulator.load_engine(start, cfg), simulator.load_user(cfg), simulator.load_reward(cfg)
+    speakers = speakers or load_speakers(start, cfg)
+    policy, user, reward = speakers
+    policy.update(simulator.read_weights(start))
     for t in range(1, cfg.iterations + 1):
         folder = os.path.join(cfg.out, f"iter_{t}")
         if os.path.isdir(os.path.join(folder, "policy")):
             remove_training(folder)
             continue
-        prompts = simulator.train_prompts(cfg, policy.tokenizer, t)
-        pairs = collected(folder, prompts, policy, user, reward, cfg, t)
+        prompts = prompts_of(cfg, policy.tokenizer, t)
+        pairs = collected(folder, partial(collect, policy=policy, user=user, reward=reward, cfg=cfg), prompts, cfg, t)
         pairs = remembered_logps(folder, model, pairs, cfg)
         optimizer = make_optimizer(model, cfg)
         first_step = load_training(folder, model, optimizer)
-        regress(model, optimizer, pairs, cfg, refuel_loss, first_step, Keeper(folder, model, optimizer, cfg, t))
+        regress(model, optimizer, pairs, cfg, loss_fn, first_step, Keeper(folder, model, optimizer, cfg, t))
         save_policy(os.path.join(folder, "policy"), model, start)
         remove_training(folder)
         policy.update(full_weights(model))
-    return policy, user, reward
+    return speakers
+
+
+def load_speakers(path, cfg):
+    return simulator.load_engine(path, cfg), simulator.load_user(cfg), simulator.load_reward(cfg)
 
 
 def batches(n, cfg):
@@ -569,11 +585,15 @@ class Keeper:
 
     def __init__(self, folder, model, optimizer, cfg, t):
         self.folder, self.model, self.optimizer, self.cfg, self.t = folder, model, optimizer, cfg, t
+        self.start = time.time()
 
     def __call__(self, step, metrics):
         if rank() == 0:
             row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}
-            log(self.cfg, {"iteration": self.t, "phase": "regress", "step": step} | row)
+            seconds = round(time.time() - self.start, 1)
+            log(self.cfg, {"iteration": self.t, "phase": "regress", "step": step, "seconds": seconds} | row)
+        if self.cfg.snapshot_steps and (step + 1) % self.cfg.snapshot_steps == 0:
+            save_policy(os.path.join(self.folder, f"step_{step + 1}"), self.model, self.cfg.policy)
         if (step + 1) % self.cfg.checkpoint_steps == 0:
             save_training(self.folder, self.model, self.optimizer, step)
 
@@ -594,13 +614,13 @@ def log(cfg, row):
         file.write(json.dumps(row) + "\n")
 
 
-def collected(folder, prompts, policy, user, reward, cfg, t):
+def collected(folder, collect, prompts, cfg, t):
     """An iteration's pairs, in waves: every rank plays its waves and keeps each on disk. A wave has its own random
     numbers, so the pairs do not depend on the number of ranks or on where a run was stopped."""
 
     def wave(rows, number):
         dropped = Counter()
-        pairs = collect(rows, policy, user, reward, cfg, np.random.default_rng([cfg.seed, t, number]), dropped)
+        pairs = collect(rows, rng=np.random.default_rng([cfg.seed, t, number]), dropped=dropped)
         return [{"dropped": dropped}, *map(pair_to_json, pairs)]
 
     start = time.time()
@@ -637,7 +657,8 @@ def remembered_logps(folder, model, pairs, cfg):
             for d, logp, y in zip(p.dialogues, p.logps, (p.y, p.y2))]  # fmt: skip
     barrier()
     if rank() == 0:
-        print(f"engine and trainer differ by {np.mean(gaps):.1e} nats a token", flush=True)
+        if math.isfinite(np.mean(gaps)):  # responses of a data set have no engine
+            print(f"engine and trainer differ by {np.mean(gaps):.1e} nats a token", flush=True)
         simulator.write_lines(path, [p.logps for p in pairs])
     barrier()
     return pairs
@@ -695,6 +716,8 @@ def check(cfg):
         raise BadInput(f"--warmup is a share of the steps in [0, 1), not {cfg.warmup}")
     if not 0 <= cfg.weight_decay < math.inf:
         raise BadInput(f"--weight-decay must not be negative, not {cfg.weight_decay}")
+    if cfg.snapshot_steps < 0:
+        raise BadInput(f"--snapshot-steps must not be negative, not {cfg.snapshot_steps}")
     if cfg.seed < 0:
         raise BadInput(f"--seed must not be negative, not {cfg.seed}")
     if cfg.engine not in ("auto", "vllm", "transformers"):
@@ -706,7 +729,7 @@ def check(cfg):
 
 
 def prepare(cfg):
-    """Check the inputs and open the run's folder, before any model is loaded; returns cfg with paths resolved."""
+    """Check the inputs and the run's folder before any model is loaded; returns cfg with its checkpoints' folders."""
     for name in ("policy", "reference"):
         cfg = replace(cfg, **{name: simulator.prepare_checkpoint(getattr(cfg, name))})
     tokenizer = simulator.load_tokenizer(cfg.policy)
@@ -722,6 +745,14 @@ def prepare(cfg):
     elif os.path.exists(cfg.out) and (not os.path.isdir(cfg.out) or set(os.listdir(cfg.out)) - {"config.json.partial"}):
         raise BadInput(f"--out {cfg.out} exists and is not a run's folder")
     return cfg
+
+
+def open_run(cfg):
+    path = os.path.join(cfg.out, "config.json")
+    if rank() == 0 and not os.path.exists(path):
+        os.makedirs(cfg.out, exist_ok=True)
+        simulator.write_file(path, json.dumps(asdict(cfg), indent=1))
+    barrier()
 
 
 def start_processes():
@@ -741,10 +772,8 @@ def main(argv=None):
         cfg = read_config(argv)
         start_processes()
         cfg = prepare(cfg)
+        open_run(cfg)
         if rank() == 0:
-            os.makedirs(cfg.out, exist_ok=True)
-            if not os.path.exists(os.path.join(cfg.out, "config.json")):
-                simulator.write_file(os.path.join(cfg.out, "config.json"), json.dumps(asdict(cfg), indent=1))
             print("\n".join(f"{k:26s}{v}" for k, v in asdict(cfg).items()), flush=True)
         speakers = train(cfg)
         import evaluate

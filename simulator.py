@@ -387,6 +387,16 @@ def train_prompts(cfg, tokenizer, t):
     return [Dialogue.start(tokenizer, pool[i].text, pool[i].secret) for i in rows]
 
 
+def offline_prompts(cfg, tokenizer, t):
+    """The same for the baselines that roll in by the data: finished dialogues, each with a second last answer."""
+    import toy
+
+    if cfg.num_prompts > toy.POOL["train"]:
+        raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {toy.POOL['train']} dialogues")
+    rows = random.Random(seed_for(cfg.seed, "offline", t)).sample(range(toy.POOL["train"]), cfg.num_prompts)
+    return toy.offline_dialogues(tokenizer, rows)
+
+
 def test_prompts(cfg, tokenizer):
     """The openings that every policy is evaluated from; the streams make users and noise common to all of them."""
     pool = load_split(cfg, "test")
@@ -577,3 +587,44 @@ def write_folder(path, fill):
     fill(partial)
     shutil.rmtree(path, ignore_errors=True)
     os.replace(partial, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Looking at dialogues
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def show(pair, tokenizer):
+    """One pair as text: the prefix s_h, both futures, what of them is trained, and their rewards."""
+    lines = [f"h = {pair.h} of H = {pair.H}, prefix of {len(pair.prefix)} tokens"]
+    for name, dialogue, ids, reward in zip(("y ", "y'"), pair.dialogues, (pair.y, pair.y2), pair.rewards):
+        if name == "y ":
+            lines += [f"   {m['role']:10s} {m['content']}" for m in dialogue.messages[: 2 * pair.h - 1]]
+        lines.append(f"{name} {len(ids)} sampled tokens: {tokenizer.convert_ids_to_tokens(ids)}")
+        lines += [f"   {m['role']:10s} {m['content']}" for m in dialogue.messages[2 * pair.h - 1 :]]
+        lines.append(f"   reward {reward:.3f}" + "  (an answer was cut)" * any(dialogue.truncated))
+    return "\n".join(lines)
+
+
+def main():
+    import sys
+
+    import refuel
+
+    try:
+        cfg, extra = refuel.read_config(sys.argv[1:], __doc__, show=dict(type=int, default=3))
+        refuel.start_processes()
+        cfg = refuel.replace(cfg, policy=prepare_checkpoint(cfg.policy), num_prompts=4 * extra["show"])
+        policy, user, reward = refuel.load_speakers(cfg.policy, cfg)
+        rng = refuel.np.random.default_rng(cfg.seed)
+        pairs = refuel.collect(train_prompts(cfg, policy.tokenizer, 0), policy, user, reward, cfg, rng)
+        print("\n\n".join(show(pair, policy.tokenizer) for pair in pairs[: extra["show"]]))
+    except BadInput as error:
+        print(f"simulator.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    from simulator import main  # as the module that everybody imports, not as a second copy
+
+    main()

@@ -121,6 +121,24 @@ def clerk_dialogue(tokenizer, prompt, customer, rng, turns, **habits):
     return dialogue
 
 
+LENGTHS = (0.769, 0.121, 0.064, 0.032, 0.014)  # H = 1..5 in the paper's offline data (its Table 3, LT-OFFLINE)
+
+
+def offline_dialogues(tokenizer, rows):
+    """Logs of another clerk, who seldom asks, with customers who then volunteer a wish half the time: other histories
+    than the policy's own. Each row is a dialogue and the same with a second answer of that clerk's at the last turn."""
+    logs = []
+    for row in rows:
+        rng = random.Random(seed_for("offline", row))
+        wishes = {name: rng.choice(values) for name, values in WISHES.items()}
+        prompt = Prompt(f"something {wishes[rng.choice(list(WISHES))]} please", wishes)
+        turns = rng.choices(range(1, 6), LENGTHS)[0]
+        first = clerk_dialogue(tokenizer, prompt, Customer(volunteers=0.5), rng, turns, asks=0.1)
+        other = clerk(first.reset(turns).messages, rng, asks=0.1) + tokenizer.eos_token
+        logs.append((first, first.reset(turns).add_answer(tokenizer, tokenizer.encode(other, add_special_tokens=False))))
+    return logs
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The base policy
 # ---------------------------------------------------------------------------------------------------------------
