@@ -78,11 +78,11 @@ class Config:
 
 
 SETTINGS = {
-    # eta, lr and batch: lr 5e-4 diverges; the world and its numbers are described in toy.py
+    # eta is the best of baselines.GRID for REFUEL; lr 5e-4 diverges. The world is described in toy.py.
     "toy": dict(
         policy="toy", reference="toy", user="toy", reward="toy", dataset="toy", engine="auto", out="runs/toy", seed=0,
         iterations=2, num_prompts=4096, max_turns=5, max_new_tokens=16, max_length=256, temperature=1.0,
-        eta=10.0, lr=1e-4, warmup=0.1, weight_decay=1e-6, batch_size=32, epochs=1, micro_tokens=4096,
+        eta=30.0, lr=1e-4, warmup=0.1, weight_decay=1e-6, batch_size=32, epochs=1, micro_tokens=4096,
         activation_checkpointing=False, checkpoint_steps=50, snapshot_steps=0, wave=512, eval_dialogues=1000,
     ),
 }  # fmt: skip
@@ -561,15 +561,9 @@ def load_training(folder, model, optimizer):
     if not os.path.exists(marker) or (saved := simulator.read_json(marker))["ranks"] != world():
         return 0
     state = load_file(os.path.join(folder, f"step_{saved['step']}_rank_{rank()}.safetensors"))
-    for p in (p for p in model.parameters() if p.requires_grad):
-        p.grad = torch.zeros_like(p)
-    learning_rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    optimizer.step()  # an empty step makes AdamW's state tensors, which are then overwritten
-    optimizer.zero_grad()
-    for group, lr in zip(optimizer.param_groups, learning_rates):
-        group["lr"] = lr
+    for p in optimizer.param_groups[0]["params"]:
+        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": torch.zeros(()), **moments}
     for name, tensor in training_state(model, optimizer).items():
         tensor.copy_(state[name])
     return saved["step"] + 1
@@ -709,23 +703,16 @@ def read_config(argv, description=__doc__, **more):
 def check(cfg):
     """Everything about a configuration that can be known to be wrong before anything is loaded."""
     positive = "iterations num_prompts max_turns max_new_tokens eta lr temperature batch_size epochs micro_tokens"
-    for name in positive.split() + ["checkpoint_steps", "wave", "eval_dialogues"]:
-        if not 0 < getattr(cfg, name) < math.inf:
-            raise BadInput(f"--{name.replace('_', '-')} must be positive, not {getattr(cfg, name)}")
-    if not 0 <= cfg.warmup < 1:
-        raise BadInput(f"--warmup is a share of the steps in [0, 1), not {cfg.warmup}")
-    if not 0 <= cfg.weight_decay < math.inf:
-        raise BadInput(f"--weight-decay must not be negative, not {cfg.weight_decay}")
-    if cfg.snapshot_steps < 0:
-        raise BadInput(f"--snapshot-steps must not be negative, not {cfg.snapshot_steps}")
-    if cfg.seed < 0:
-        raise BadInput(f"--seed must not be negative, not {cfg.seed}")
-    if cfg.engine not in ("auto", "vllm", "transformers"):
-        raise BadInput(f"--engine is auto, vllm or transformers, not {cfg.engine}")
-    if cfg.max_length <= cfg.max_new_tokens:
-        raise BadInput(f"--max-length {cfg.max_length} leaves no room beside --max-new-tokens {cfg.max_new_tokens}")
-    if cfg.batch_size > cfg.num_prompts:
-        raise BadInput(f"--batch-size {cfg.batch_size} is more than --num-prompts {cfg.num_prompts}")
+    rules = {name: (lambda v: 0 < v < math.inf, "positive") for name in positive.split()}
+    rules |= {name: (lambda v: v > 0, "positive") for name in ("checkpoint_steps", "wave", "eval_dialogues")}
+    rules |= {name: (lambda v: 0 <= v < math.inf, "0 or more") for name in ("weight_decay", "seed", "snapshot_steps")}
+    rules["warmup"] = (lambda v: 0 <= v < 1, "a share of the steps, in [0, 1)")
+    rules["engine"] = (lambda v: v in ("auto", "vllm", "transformers"), "auto, vllm or transformers")
+    rules["max_length"] = (lambda v: v > cfg.max_new_tokens, f"more than --max-new-tokens {cfg.max_new_tokens}")
+    rules["batch_size"] = (lambda v: 0 < v <= cfg.num_prompts, f"in 1..{cfg.num_prompts}, the number of prompts")
+    for name, (good, words) in rules.items():
+        if not good(getattr(cfg, name)):
+            raise BadInput(f"--{name.replace('_', '-')} must be {words}, not {getattr(cfg, name)}")
 
 
 def prepare(cfg):
@@ -783,7 +770,7 @@ def main(argv=None):
         if rank() == 0 or dist.is_initialized():
             print(f"refuel.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    dist.destroy_process_group()
+    barrier()  # the process group is left to the interpreter's end: vLLM's engine takes its own part down only there
 
 
 if __name__ == "__main__":

@@ -333,8 +333,9 @@ class VLLMEngine(Engine):
         from vllm import LLM
 
         if torch.cuda.is_available():
-            options = dict(dtype="bfloat16", gpu_memory_utilization=memory,
-                           distributed_executor_backend="external_launcher")  # fmt: skip
+            options = dict(dtype="bfloat16", gpu_memory_utilization=memory)
+            if world() > 1:  # takes LOCAL_RANK's device, the plain form device 0
+                options["distributed_executor_backend"] = "external_launcher"
         else:  # seeded requests crash the CPU build when a prefill is cut into chunks
             options = dict(dtype="float32", enforce_eager=True, kv_cache_memory_bytes=128 << 20, block_size=32,
                            enable_chunked_prefill=False, max_num_batched_tokens=max(max_length, 8192))  # fmt: skip

@@ -1,0 +1,185 @@
+"""The rows' data laws by counting, the losses against references, and a bad day of one method."""
+import json
+import math
+import os
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import baselines
+import refuel
+import simulator
+import toy
+from baselines import METHODS, dpo_loss, rloo_loss
+from refuel import refuel_loss
+
+# --- losses -----------------------------------------------------------------------------------------------------
+
+
+def numbers(n=50):
+    g = torch.Generator().manual_seed(0)
+    return (torch.randn(2, n, generator=g).double(), torch.randn(2, n, generator=g).double(),
+            torch.randint(0, 4, (2, n), generator=g).double() / 4)  # fmt: skip
+
+
+def test_dpo_equals_an_independent_implementation():
+    logp, old, reward = numbers()
+    total = 0.0
+    for i in range(50):
+        a, b = (0, 1) if reward[0, i] > reward[1, i] else (1, 0)
+        margin = 0.3 * ((logp[a, i] - old[a, i]) - (logp[b, i] - old[b, i])).item()
+        total += math.log(2) if reward[0, i] == reward[1, i] else math.log1p(math.exp(-margin))
+    assert dpo_loss(logp, old, reward, 0.3).item() == pytest.approx(total / 50, abs=1e-6)
+    assert torch.equal(dpo_loss(logp, old, reward, 0.3), dpo_loss(logp.flip(0), old.flip(0), reward.flip(0), 0.3))
+
+
+def test_rebels_minimiser_on_a_bandit_is_pi_exp_eta_r_over_z():
+    """All ordered pairs of a five-armed bandit as data; Eq. 1 minimised over a softmax policy by LBFGS."""
+    pi_t, r, eta = torch.tensor([0.1, 0.2, 0.3, 0.15, 0.25]).double(), torch.rand(5).double(), 2.0
+    first, second = torch.cartesian_prod(torch.arange(5), torch.arange(5)).T
+    theta = torch.zeros(5, dtype=torch.double, requires_grad=True)
+    optimizer = torch.optim.LBFGS([theta], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        rows = lambda x: torch.stack([x[first], x[second]])  # noqa: E731
+        loss = refuel_loss(rows(theta.log_softmax(0)), rows(pi_t.log()), rows(r), eta)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    target = pi_t * (eta * r).exp()
+    assert torch.allclose(theta.softmax(0), target / target.sum(), atol=1e-6)
+
+
+def test_rloos_gradient_at_pi_t_is_reinforce_with_the_other_as_baseline():
+    _, old, reward = numbers()
+    logp = old.clone().requires_grad_()
+    rloo_loss(logp, old, reward, 1.0).backward()
+    by_hand = torch.stack([-(reward[0] - reward[1]), -(reward[1] - reward[0])]) / (2 * 50)
+    assert torch.allclose(logp.grad, by_hand)
+
+
+# --- the rows' data laws ----------------------------------------------------------------------------------------
+
+
+class Speaker:
+    """A policy whose answers say 'again', which no clerk says: who spoke is written in the dialogue."""
+
+    def __init__(self):
+        self.tokenizer = toy.make_tokenizer()
+
+    def answer(self, dialogues):
+        words = [("red", "blue", "green", "black")[d.seed("policy") % 4] for d in dialogues]
+        return [(self.tokenizer.encode(f"again {w}<|end|>"), False, 0.0) for w in words]
+
+
+def pairs_of(method, cfg, n=600):
+    """The pairs of one iteration of a row, through the very functions that baselines.train hands over."""
+    found = []
+
+    def train(cfg, speakers, prompts_of, collect, loss):
+        prompts = prompts_of(replace(cfg, num_prompts=n), speakers[0].tokenizer, 1)
+        found.extend(collect(prompts, *speakers, cfg, np.random.default_rng(0), Counter()))
+
+    speaker = Speaker()
+    original, refuel.train = refuel.train, train
+    try:
+        baselines.train(method, cfg, (speaker, toy.Customer(), toy.Reward()))
+    finally:
+        refuel.train = original
+    return found
+
+
+def spoke(message):
+    return "policy" if message["content"].startswith("again") else "clerk"
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if not m.startswith(("dpo", "rloo"))] + ["dpo-refuel"])
+def test_each_row_rolls_in_trains_and_continues_as_the_paper_says(method, cfg):
+    row, pairs = METHODS[method], pairs_of(method, cfg)
+    H, h = Counter(p.H for p in pairs), Counter(p.h for p in pairs)
+    for p in pairs:
+        answers = [d.messages[1::2] for d in p.dialogues]
+        assert {spoke(m) for a in answers for m in a[: p.h - 1]} <= {{"offline": "clerk", "online": "policy"}[row.prefix]}
+        ours = {"offline": "clerk", "online": "policy"}[row.responses]
+        assert {spoke(m) for a in answers for m in a[p.h - 1 :]} == {ours}
+        assert p.rewards == tuple(toy.Reward()(p.dialogues)) and p.dialogues[0].reset(p.h).ids == p.prefix
+        assert row.turn == "uniform" or p.h == p.H
+    share = np.array([H[n] for n in range(1, 6)]) / len(pairs)
+    law = toy.LENGTHS if row.prefix == "offline" else [0.2] * 5
+    assert np.abs(share - law).max() < 0.06
+    if row.turn == "uniform" and row.prefix == "online":
+        expected = [sum(1 / n for n in range(turn, 6)) / 5 for turn in range(1, 6)]
+        assert np.abs(np.array([h[n] for n in range(1, 6)]) / len(pairs) - expected).max() < 0.06
+
+
+def test_there_are_the_papers_thirteen_rows_and_the_two_ablations():
+    data = ["lt-offline", "lt-mixed", "lt-online", "mt-mixed"]
+    thirteen = {f"{loss}-{d}" for loss in ("dpo", "rebel", "rloo") for d in data} | {"refuel"}
+    assert set(METHODS) == thirteen | {"dpo-refuel", "rloo-refuel"} and METHODS["refuel"].loss is refuel_loss
+    assert len({(m.prefix, m.turn, m.responses, m.loss) for m in METHODS.values()}) == 15
+
+
+def test_the_papers_averages_are_those_of_its_cells():
+    for method, row in baselines.PAPER.items():
+        assert np.mean(row[:5]) == pytest.approx(row[5], abs=0.011), method
+
+
+def test_offline_logs_are_another_clerks():
+    """Skewed lengths, few questions, volunteered wishes; both last answers are the clerk's and mostly differ."""
+    logs = toy.offline_dialogues(toy.make_tokenizer(), range(1500))
+    turns = Counter(len(d.spans) for d, _ in logs)
+    assert abs(turns[1] / 1500 - 0.769) < 0.04 and turns[5] > 3
+    asked = [bool(toy.QUESTION.search(m["content"])) for d, _ in logs for m in d.messages[1::2]]
+    assert abs(np.mean(asked) - 0.1) < 0.03
+    replies = Counter(m["content"].split()[-1] for d, _ in logs for m in d.messages[2::2])
+    assert replies["please"] > replies["on"] * 0.5
+    assert all(d.reset(len(d.spans)).ids == e.reset(len(d.spans)).ids for d, e in logs)
+    assert np.mean([d.ids != e.ids for d, e in logs]) > 0.9
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+def flags(base, out, method):
+    return (f"--method {method} --setting toy --policy {base} --reference {base} --engine transformers --out {out} "
+            "--num-prompts 16 --batch-size 8 --wave 16 --iterations 1 --eval-dialogues 8 --snapshot-steps 1").split()  # fmt: skip
+
+
+def test_a_failed_method_loses_no_finished_row_and_the_command_goes_on(base, tmp_path, monkeypatch, capsys):
+    train = baselines.train
+
+    def one_fails(method, cfg, speakers=None):
+        if method == "rebel-lt-mixed":
+            raise simulator.BadInput("its disk is full")
+        return train(method, cfg, speakers)
+
+    monkeypatch.setattr(baselines, "train", one_fails)
+    with pytest.raises(SystemExit) as stop:
+        baselines.main(flags(base, tmp_path / "all", "rebel-lt-offline,rebel-lt-mixed,refuel"))
+    assert stop.value.code == 1 and "rebel-lt-mixed: its disk is full" in capsys.readouterr().err
+    results = json.loads((tmp_path / "all" / "results.json").read_text())
+    assert list(results) == ["base", "rebel-lt-offline", "refuel"] and results["refuel"]["pairs"] > 0
+    monkeypatch.setattr(baselines, "train", train)
+    before = os.path.getmtime(tmp_path / "all" / "refuel" / "iter_1" / "policy" / "model.safetensors")
+    with pytest.raises(SystemExit) as stop:
+        baselines.main(flags(base, tmp_path / "all", "rebel-lt-offline,rebel-lt-mixed,refuel"))
+    assert stop.value.code == 0
+    assert before == os.path.getmtime(tmp_path / "all" / "refuel" / "iter_1" / "policy" / "model.safetensors")
+    text = (tmp_path / "all" / "table.md").read_text()
+    assert "rebel-lt-mixed" in text and "(56.6)" in text and "refuel - rebel-lt-online" not in text
+    again = json.loads((tmp_path / "all" / "results.json").read_text())
+    assert again["refuel"]["win"] == results["refuel"]["win"]
+    curve = json.loads((tmp_path / "all" / "curve.json").read_text())
+    assert [step for step, _ in curve["refuel"]][:2] == [0, 1] and (tmp_path / "all" / "figure.png").exists()
+
+
+def test_an_unknown_method_is_one_line_and_exit_code_2(base, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        baselines.main(flags(base, tmp_path / "x", "ppo"))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "ppo" in error
