@@ -128,7 +128,7 @@ def train(method, cfg, speakers=None):
 # ---------------------------------------------------------------------------------------------------------------
 
 GRID = {"lr": (1e-4,), "eta": (10.0, 30.0)}  # --grid plays it
-BEST = {"toy": {"rebel-lt-offline": dict(eta=10.0)}}  # where it is not the setting's own eta
+BEST = {"toy": dict.fromkeys(("rebel-lt-offline", "dpo-lt-mixed", "dpo-lt-online"), {"eta": 10.0})}  # else the setting's
 SNAPSHOTS = {"toy": 32}  # steps between the points of Figure 2
 
 PAPER = {  # Table 1: h = 1..5, average
