@@ -165,7 +165,13 @@ def on_ranks(base, tmp_path_factory):
         done = subprocess.run([*command, "--standalone", os.path.join(ROOT, "tests", "two_ranks.py"), base, out],
                               capture_output=True, text=True, timeout=240)  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
-    return [load_file(os.path.join(out, f"ranks_{n}.safetensors")) for n in (1, 2)]
+    pairs = [open(os.path.join(out, f"ranks_{n}", "pairs.jsonl")).read() for n in (1, 2)]
+    return [load_file(os.path.join(out, f"ranks_{n}.safetensors")) | {"pairs": rows} for n, rows in zip((1, 2), pairs)]
+
+
+def test_the_pairs_do_not_depend_on_the_number_of_ranks(on_ranks):
+    one, two = on_ranks
+    assert one["pairs"] == two["pairs"] and one["pairs"].count('"prefix"') > 30
 
 
 def test_one_rank_and_two_equal_plain_rows_with_and_without_checkpointing(on_ranks, model):

@@ -1,13 +1,15 @@
 """torchrun --nproc_per_node 2 tests/two_ranks.py BASE OUT: log-probs, gradients and three steps on FSDP ranks, saved
-by rank 0 as OUT/ranks_{world}.safetensors for test_refuel.py to compare with one process."""
+by rank 0 as OUT/ranks_{world}.safetensors, and a collection in OUT/ranks_{world}/, for test_refuel.py to compare."""
 import os
 import sys
 
 sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 
 from dataclasses import replace
+from functools import partial
 
 import refuel
+import simulator
 from conftest import random_pairs
 from refuel import pair_logps, rank, world
 
@@ -37,9 +39,13 @@ if __name__ == "__main__":
 
     base, out = sys.argv[1:]
     flags = f"--setting toy --policy {base} --batch-size 8 --micro-tokens 128 --lr 1e-3 --eta 1 --out {out}"
+    flags += " --num-prompts 40 --wave 8 --engine transformers"
     cfg = refuel.read_config(flags.split())
     refuel.start_processes()
     found = results(base, cfg)
+    policy, user, reward = refuel.load_speakers(base, cfg)
+    collect = partial(refuel.collect, policy=policy, user=user, reward=reward, cfg=cfg)
+    refuel.collected(os.path.join(out, f"ranks_{world()}"), collect, simulator.train_prompts(cfg, policy.tokenizer, 1), cfg, 1)
     if rank() == 0:
         save_file(found, os.path.join(out, f"ranks_{world()}.safetensors"))
     refuel.barrier()
