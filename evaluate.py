@@ -50,6 +50,11 @@ def judged(a, b, judge):
     return np.stack([judge([d.until(h) for d in a], [d.until(h) for d in b]) for h in range(1, turns + 1)], axis=1)
 
 
+def fits(reward, dialogues):
+    """Whether the reward model can score each dialogue; one that is too long for it is left out for all policies."""
+    return [getattr(reward, "fits_dialogue", lambda _: True)(d) for d in dialogues]
+
+
 def bootstrap(values_NH, samples=2000, seed=0):
     """95 % intervals (2, H) of the column means, resampling whole dialogues."""
     rows = np.random.default_rng(seed).integers(len(values_NH), size=(samples, len(values_NH)))
@@ -323,8 +328,8 @@ def local_judge(path, cfg):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-PLAYED_WITH = ("setting", "user", "dataset", "engine", "seed", "max_turns", "max_new_tokens", "max_length",
-               "temperature", "wave", "eval_dialogues")  # fmt: skip
+PLAYED_WITH = ("setting", "user", "user_model", "user_temperature", "user_tokens", "dataset", "engine", "seed",
+               "max_turns", "max_new_tokens", "max_length", "temperature", "wave", "eval_dialogues")  # fmt: skip
 
 
 @functools.lru_cache
@@ -381,10 +386,12 @@ def play(file, path, prompts, policy, user, cfg):
             policy.update(read_weights(path))
         else:
             policy = simulator.load_engine(path, cfg)
-            prompts = test_prompts(cfg, policy.tokenizer)
+            prompts = [Dialogue.start(policy.tokenizer, p.messages[0]["content"], p.secret, p.stream) for p in prompts]
 
     def wave(rows, _):
-        return [vars(d) for d in rollout(rows, policy, user, [cfg.max_turns] * len(rows))]
+        dialogues = rollout(rows, policy, user, [cfg.max_turns] * len(rows))
+        simulator.check_failures(sum(d.failed == "user" for d in dialogues), len(rows), cfg)
+        return [vars(d) for d in dialogues]
 
     rows = in_waves(file, prompts, cfg.wave, wave, f"evaluate {path}")
     return [Dialogue.from_json(row) for row in rows]
@@ -401,7 +408,8 @@ def evaluate(policies, folder, policy, user, reward, cfg, judge=None, kl=True):
     played = {}
     for name, path in paths.items():
         played[name] = play(os.path.join(folder, "eval", f"{name}.jsonl"), path, prompts, policy, user, cfg)
-    whole = [i for i in range(len(prompts)) if not any(dialogues[i].failed for dialogues in played.values())]
+    bad = [[d.failed or not scored for d, scored in zip(ds, fits(reward, ds))] for ds in played.values()]
+    whole = [i for i in range(len(prompts)) if not any(row[i] for row in bad)]
     if not whole:
         raise BadInput("every evaluation dialogue failed")
     played = {name: [dialogues[i] for i in whole] for name, dialogues in played.items()}
@@ -567,8 +575,9 @@ def main(argv=None):
         policies = named(policies)
         cfg = replace(cfg, reference=simulator.prepare_checkpoint(cfg.reference))
         test_prompts(cfg, simulator.load_tokenizer(cfg.reference))
-        user, reward = simulator.load_user(cfg), simulator.load_reward(cfg)
+        simulator.check_user(cfg), simulator.check_reward(cfg)
         claim(cfg.out, {"base": cfg.reference, **policies}, cfg)
+        user, reward = simulator.load_user(cfg), simulator.load_reward(cfg)
         judge = load_judge(judge, judge_model, reward, cfg)
         policy = simulator.load_engine(cfg.reference, cfg)
         results, played = evaluate(policies, cfg.out, policy, user, reward, cfg, judge)
