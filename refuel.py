@@ -95,7 +95,7 @@ SETTINGS = {
     "one": dict(
         policy="meta-llama/Meta-Llama-3-8B-Instruct",  # section 4.2; the reference is pi_1 itself
         reference="meta-llama/Meta-Llama-3-8B-Instruct",
-        user="meta-llama/Llama-3.1-70B-Instruct", user_model="",  # appendix C.2; --user URL for one that is served
+        user="http://localhost:8000/v1", user_model="meta-llama/Llama-3.1-70B-Instruct",  # C.2; `vllm serve` gives it
         user_temperature=0.8, user_tokens=1024,  # the released code; the paper is silent
         max_failures=0.05,  # ours: the released code takes any reply
         reward="RLHFlow/ArmoRM-Llama3-8B-v0.1", reward_tokens=4096,  # section 4.2; the length is the released code's
@@ -762,7 +762,7 @@ def prepare(cfg):
     tokenizer = simulator.load_tokenizer(cfg.policy)
     simulator.train_prompts(cfg, tokenizer, 1)
     simulator.test_prompts(cfg, tokenizer)
-    simulator.check_user(cfg), simulator.check_reward(cfg)
+    simulator.check_user(cfg), simulator.check_reward(cfg), simulator.reach_user(cfg)
     path = os.path.join(cfg.out, "config.json")
     if os.path.exists(path):
         old, new = simulator.read_json(path), asdict(cfg)

@@ -584,11 +584,19 @@ def check_user(cfg):
         load_tokenizer(find_checkpoint(cfg.user))
 
 
-def user_server(cfg):
+def reach_user(cfg):
+    """One question to a user at a URL: a server that is not there is found before any model is loaded."""
+    if "://" in cfg.user:
+        _, reply, why = next(user_server(cfg, tries=3)([user_prompt([{"role": "user", "content": "Hello."}])], [0]))
+        if reply is None:
+            raise BadInput(f"--user {cfg.user} does not answer as {cfg.user_model}: {why}")
+
+
+def user_server(cfg, **options):
     if not cfg.user_model:
         raise BadInput("--user URL needs --user-model NAME")
     return Server(cfg.user, cfg.user_model, threads=256, flag="--user", temperature=cfg.user_temperature,
-                  max_tokens=cfg.user_tokens, whole=True)  # fmt: skip
+                  max_tokens=cfg.user_tokens, whole=True, **options)  # fmt: skip
 
 
 def load_user(cfg):
@@ -963,7 +971,7 @@ def read_rows(name):
 
     path = DATASETS.get(name, name)
     saved = any(os.path.exists(os.path.join(path, file)) for file in ("dataset_info.json", "dataset_dict.json"))
-    files = [path] if os.path.isfile(path) else sorted(file for kind in ("parquet", "json", "jsonl") for file in glob.glob(
+    files = [path] if os.path.isfile(path) else sorted(file for kind in ("parquet", "json*") for file in glob.glob(
         os.path.join(glob.escape(path), "**", f"*.{kind}"), recursive=True))  # fmt: skip
     if not saved and not files and (os.path.isdir(path) or path.count("/") != 1 or path[0] in "./~"):
         raise BadInput(f"--dataset {name}: no parquet, json or jsonl file there, and no hub id")

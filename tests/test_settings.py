@@ -439,3 +439,46 @@ def test_setting_one_parses_with_the_papers_values():
     cfg = refuel.read_config(["--setting", "one"])
     assert (cfg.eta, cfg.lr, cfg.batch_size, cfg.iterations, cfg.temperature) == (1e3, 3e-7, 128, 2, 0.8)
     assert (cfg.max_new_tokens, cfg.max_dialogue, cfg.max_turns, cfg.eval_dialogues) == (1024, 2048, 5, 500)
+
+
+@pytest.fixture
+def one(llama3, armo, tmp_path, monkeypatch):
+    """Setting one's command with every part real and small, and a served user that now and then forgets its format."""
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setenv("no_proxy", "*")
+    policy, data = str(tmp_path / "policy"), tmp_path / "data.jsonl"
+    torch.manual_seed(2)
+    LlamaForCausalLM(llama_config(1)).save_pretrained(policy)
+    llama3.save_pretrained(policy)
+    data.write_text("".join(json.dumps(row) + "\n" for row in GOOD + BROKEN))
+    server = Scripted(lambda prompt, n: "no idea" if n % 5 == 2 else "Justification: none\nQuestion: and then?")
+    flags = f"--setting one --policy {policy} --reference {policy} --reward {armo} --dataset {data} --user {server.url}"
+    small = """--engine transformers --num-prompts 8 --wave 4 --batch-size 4 --iterations 1 --max-turns 3 --max-new-tokens 6
+               --max-length 400 --max-dialogue 300 --eval-dialogues 2 --lr 1e-3"""
+    yield [*flags.split(), *small.split(), "--out", str(tmp_path / "run")], server
+    server.server.shutdown()
+    server.server.server_close()
+
+
+def test_setting_one_runs_from_its_command_to_its_results(one, tmp_path, llama3):
+    flags, server = one
+    refuel.main(flags)
+    data, collect, *steps, last = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert data["phase"] == "data" and data["dropped"]["duplicate"] == 8 and data["train"] == 10
+    assert collect["pairs"] + sum(collect["dropped"].values()) == 8 and collect["pairs"] > 4 and last["loss"] > 0
+    reward = simulator.load_reward(refuel.read_config(flags))
+    for row in simulator.read_lines(tmp_path / "run" / "iter_1" / "pairs.jsonl"):
+        for d, score in zip(row.get("dialogues", ()), row.get("rewards", ())):
+            assert reward([Dialogue(**d)])[0] == pytest.approx(score, abs=1e-4)
+            assert all(m["content"] == "and then?" for m in d["messages"][2::2]) and len(d["messages"]) == 2 * row["H"]
+    assert set(simulator.read_json(tmp_path / "run" / "results.json")) == {"base", "iter_1"}
+
+
+def test_a_user_that_is_not_there_is_one_line_before_a_model_is_loaded(one, monkeypatch, capsys):
+    flags, server = one
+    monkeypatch.setattr(refuel, "train", lambda cfg: pytest.fail("a model would have been loaded"))
+    with pytest.raises(SystemExit) as stop:
+        refuel.main([*flags, "--user", "http://127.0.0.1:9/v1"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "http://127.0.0.1:9/v1 does not answer" in error
