@@ -167,7 +167,8 @@ def collect(prompts, policy, user, reward, cfg, rng, dropped=None, roll_in=from_
     second = dict(zip(whole, rollout(resets, policy, user, H[whole])))
     dropped.update(d.failed for d in [*first, *second.values()] if d.failed)
 
-    return make_pairs([(first[i], d, h[i]) for i, d in second.items() if not d.failed], reward, cfg.max_dialogue, dropped)
+    futures = [(first[i], d, h[i]) for i, d in second.items() if not d.failed]
+    return make_pairs(futures, reward, cfg.max_dialogue, dropped)
 
 
 def make_pairs(futures, reward, max_dialogue, dropped):

@@ -497,15 +497,17 @@ class Local:
             for i, (row, answer) in enumerate(zip(rows, self.engine.answer(rows)), start):
                 if answer is None:
                     yield i, None, "a prompt longer than the model's context"
-                else:  # answer[1]: it was cut
-                    yield i, "" if self.whole and answer[1] else row.add_answer(tokenizer, *answer).messages[-1]["content"], None
+                elif self.whole and answer[1]:  # it was cut
+                    yield i, "", None
+                else:
+                    yield i, row.add_answer(tokenizer, *answer).messages[-1]["content"], None
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Users: who speaks at x_{h+1}
 # ---------------------------------------------------------------------------------------------------------------
-# A user has reply(dialogues) -> [text or None], a reward model is reward(dialogues) -> [float or None: it does not fit];
-# both see whole batches.
+# A user has reply(dialogues) -> [text or None], a reward model is reward(dialogues) -> [float, or None where it does
+# not fit]; both see whole batches.
 
 # Appendix C.2 in the paper's wording; the line breaks and the speakers' marks, lost there, are the released code's.
 USER_PROMPT = """Below is a dialogue between the user and the assistant. Pretend you are the user in this conversation. \
@@ -608,9 +610,11 @@ def load_user(cfg):
         return toy.Customer()
     if cfg.user == "dataset":
         return DataUser()
-    ask = user_server(cfg) if "://" in cfg.user else Local(
-        find_checkpoint(cfg.user), cfg, cfg.user_temperature, cfg.user_tokens, room=2 * cfg.max_length + 1024, whole=True
-    )  # fmt: skip
+    if "://" in cfg.user:
+        ask = user_server(cfg)
+    else:  # room: its tokenizer may need more tokens than the policy's
+        path, room = find_checkpoint(cfg.user), 2 * cfg.max_length + cfg.user_tokens
+        ask = Local(path, cfg, cfg.user_temperature, cfg.user_tokens, room, whole=True)
     return LLMUser(ask, 8 * cfg.user_tokens, cfg.max_failures)
 
 
@@ -618,7 +622,7 @@ def check_failures(failed, dialogues, cfg):
     """A run in which the user fails too often is stopped: what is left would be another distribution of dialogues."""
     if failed > math.ceil(cfg.max_failures * dialogues):
         raise BadInput(f"--user {cfg.user} failed in {failed} of {dialogues} dialogues; --max-failures is "
-                       f"{cfg.max_failures:g} (what is finished is kept: run the same command again to go on)")  # fmt: skip
+                       f"{cfg.max_failures:g} (finished waves are kept: run the same command again to go on)")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -800,7 +804,9 @@ def offline_prompts(cfg, tokenizer, t):
     if cfg.num_prompts > len(logs):
         raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(logs)} dialogues")
     rows = random.Random(seed_for(cfg.seed, "offline", t)).sample(range(len(logs)), cfg.num_prompts)
-    return toy.offline_dialogues(tokenizer, rows) if cfg.dataset == "toy" else [replay(tokenizer, logs[i]) for i in rows]
+    if cfg.dataset == "toy":
+        return toy.offline_dialogues(tokenizer, rows)
+    return [replay(tokenizer, logs[i]) for i in rows]
 
 
 def test_prompts(cfg, tokenizer):
@@ -822,7 +828,7 @@ def load_split(cfg, split, tokenizer):
 
 
 DATASETS = {"ultrainteract": "openbmb/UltraInteract_pair", "hh": "Anthropic/hh-rlhf"}
-TEST_PROMPTS = 500  # first prompts held out (section 4.2), or a fifth of a set with fewer than 2,500
+HELD_OUT = 1000  # first prompts: Table 3's 500 for tests and 500 for validation; a fifth of a set with fewer than 5,000
 # Setting two, tokens of (a question with its header, an answer): appendix C.4 for HH, Table 5 by the number of turns
 HH_CAPS = (128, 512)
 ULTRAINTERACT_CAPS = {1: (1024, 1024), 2: (768, 768), 3: (512, 512), 4: (256, 512), 5: (128, 512)}
@@ -852,12 +858,13 @@ def data_key(cfg, tokenizer):
 
 @functools.lru_cache(maxsize=4)
 def load_data(name, tokenizer_path, fixed, max_turns, longest):
-    """Prompts and logs of UltraInteract_pair, Anthropic-HH or a set of their form; every row that is dropped is counted.
+    """Prompts and logs of UltraInteract_pair, Anthropic-HH or a set of their form; what is dropped is counted.
 
     fixed: the questions to come are the data's own (setting two); then a prompt is a whole list of questions, with the
-    caps of that setting. Else it is a first prompt of at most `longest` tokens. Prompts are de-duplicated, and
-    those with one first prompt are on one side of the split, which does not depend on the order of the rows: the
-    released code splits rows, and shares first prompts between training and test."""
+    caps of that setting. Else it is a first prompt of at most `longest` tokens. Prompts are de-duplicated, and those
+    with one first prompt are on one side of the split. The split depends on the texts alone, neither on the order of
+    the rows nor on any length or tokenizer, so that no other flag can bring a training prompt into the test. (The
+    released code splits rows, without a seed, and shares first prompts between training and test.)"""
     rows, tokenizer, dropped = read_rows(name), load_tokenizer(tokenizer_path), Counter()
     logs, seen = [], {}
     for row in rows:
@@ -877,17 +884,17 @@ def load_data(name, tokenizer_path, fixed, max_turns, longest):
         else:
             secret = list(log.questions[1:]) if fixed else None
             prompts.setdefault(log.questions[0], []).append(Prompt(log.questions[0], secret))
-    order = sorted(prompts, key=lambda text: seed_for("split", text))
-    cut = min(TEST_PROMPTS, len(order) // 5)
-    if not cut:
-        raise BadInput(f"--dataset {name}: {len(order)} prompts are left of {len(rows)} rows; dropped: {dict(dropped)}")
-    train = set(order[cut:])
-    kept = [log for log in logs if log.questions[0] in train and log.rejected and len(log.questions) <= max_turns]
-    data = Data([p for x in order[cut:] for p in prompts[x]], [p for x in order[:cut] for p in prompts[x]], kept, dropped)
+    order = sorted({log.questions[0] for log in logs}, key=lambda text: seed_for("split", text))
+    cut = min(HELD_OUT, len(order) // 5)
+    test, train = ([p for x in part for p in prompts.get(x, ())] for part in (order[:cut], order[cut:]))
+    sizes = f"{name}: {len(rows)} rows, {len(train)} training and {len(test)} test prompts; dropped: {dict(dropped)}"
+    if not (train and test):
+        raise BadInput(f"--dataset {sizes}")
     if rank() == 0:
-        print(f"{name}: {len(rows)} rows, {len(data.train)} training and {len(data.test)} test prompts, {len(kept)} logged "
-              f"dialogues; dropped: {dict(dropped)}", flush=True)  # fmt: skip
-    return data
+        print(sizes, flush=True)
+    first = set(order[cut:])
+    kept = [log for log in logs if log.questions[0] in first and log.rejected and len(log.questions) <= max_turns]
+    return Data(train, test, kept, dropped)
 
 
 def logged(row):
@@ -903,7 +910,8 @@ def logged(row):
                 return "roles do not alternate"
     except (ValueError, TypeError, KeyError):
         return "malformed"
-    if [role for role, _ in history] != [("user", "assistant")[i % 2] for i in range(len(history))] or len(history) % 2 == 0:
+    roles = ["user", *["assistant", "user"] * (len(history) // 2)]  # of an odd number of turns
+    if [role for role, _ in history] != roles:
         return "roles do not alternate"
     try:
         texts = [checked(text) for _, text in history]
@@ -918,9 +926,10 @@ def turns_of(value):
         before, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + value.lstrip())
         if before.strip():
             raise ValueError("a text that does not begin with a speaker")
-        return [({"Human": "user", "Assistant": "assistant"}[role], text) for role, text in zip(parts[::2], parts[1::2])]
-    names = {"human": "user", "gpt": "assistant"}
-    pairs = [(m["from"], m["value"]) if "from" in m else (m["role"], m["content"]) for m in value]
+        pairs = list(zip(parts[::2], parts[1::2]))
+    else:
+        pairs = [(m["from"], m["value"]) if "from" in m else (m["role"], m["content"]) for m in value]
+    names = {"Human": "user", "human": "user", "Assistant": "assistant", "gpt": "assistant"}
     return [(names.get(role, role), text) for role, text in pairs]
 
 
@@ -929,7 +938,8 @@ def too_long(tokenizer, logs, fixed, max_turns, longest, caps):
     before, after, between, later = template_pieces(tokenizer)
     first, more = len(encode(tokenizer, before + after)), len(encode(tokenizer, between + later))
     if not fixed:
-        return [first + n > longest and "prompt too long" for n in token_counts(tokenizer, [d.questions[0] for d in logs])]
+        counts = token_counts(tokenizer, [d.questions[0] for d in logs])
+        return ["prompt too long" if first + n > longest else None for n in counts]
     short = [d for d in logs if len(d.questions) <= max_turns]
     counts = iter(token_counts(tokenizer, [t for d in short for t in (*d.questions, *d.answers, d.chosen)]))
     reasons = []
@@ -963,7 +973,7 @@ def replay(tokenizer, log):
 
 
 def read_rows(name):
-    """All rows of a data set: a parquet, json or jsonl file, a folder of them, a folder of save_to_disk, or a hub id."""
+    """All rows of a data set: a parquet, json or jsonl file, a folder of them or of save_to_disk, or a hub id."""
     if not importlib.util.find_spec("datasets"):
         raise BadInput(f"--dataset {name} needs the package datasets (pip install -r requirements.txt)")
     import datasets
@@ -980,8 +990,8 @@ def read_rows(name):
         if saved:
             parts = datasets.load_from_disk(path)
         elif files:
-            kind = "parquet" if files[0].endswith(".parquet") else "json"
-            parts = datasets.load_dataset(kind, data_files=[f for f in files if f.endswith(".parquet") == (kind == "parquet")])
+            tables = [file for file in files if file.endswith(".parquet")]  # json beside them describes them
+            parts = datasets.load_dataset("parquet" if tables else "json", data_files=tables or files)
         else:
             parts = datasets.load_dataset(path)
         rows = datasets.concatenate_datasets(list(parts.values())) if isinstance(parts, dict) else parts

@@ -24,7 +24,7 @@ PATTERN = [128009, 128006, 78191, 128007, 271]
 
 @pytest.fixture(scope="module")
 def llama3():
-    """A tokenizer with Llama 3's template, its special tokens and "assistant" and "\n\n" at their places, its BOS trap."""
+    """A tokenizer with Llama 3's template, its special tokens, "assistant" and two line breaks at their places, its BOS trap."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -58,7 +58,7 @@ def llama_config(layers=2):
 
 @pytest.fixture(scope="module")
 def armo(llama3, tmp_path_factory):
-    """A checkpoint of ArmoRM's shape: a Llama body, the head's tensors by their names, a config that asks for remote code."""
+    """A checkpoint of ArmoRM's shape: a Llama body, the head's tensors, a config that asks for remote code."""
     from safetensors.torch import save_file
     from transformers import LlamaModel
 
@@ -68,7 +68,8 @@ def armo(llama3, tmp_path_factory):
     state = {f"model.{k}": v.contiguous() for k, v in body.state_dict().items()}
     sizes = [16, 12, 12, 12, 19]
     for i in range(4):
-        state[f"gating.layers.{i}.weight"], state[f"gating.layers.{i}.bias"] = torch.randn(sizes[i + 1], sizes[i]), torch.randn(sizes[i + 1])
+        state[f"gating.layers.{i}.weight"] = torch.randn(sizes[i + 1], sizes[i])
+        state[f"gating.layers.{i}.bias"] = torch.randn(sizes[i + 1])
     state |= {"regression_layer.weight": torch.randn(19, 16), "reward_transform_matrix": torch.randn(19, 19),
               "gating.logit_scale": torch.tensor([1.3])}  # fmt: skip
     save_file(state, path / "model.safetensors", metadata={"format": "pt"})
@@ -97,7 +98,7 @@ def dialogue(*texts):
 
 
 def talks():
-    """Conversations of one to three turns and uneven lengths, one of them empty at the end, one that spells tokens out."""
+    """Conversations of one to three turns and uneven lengths, one with an empty answer, one that spells tokens out."""
     return [dialogue("hi", "hello there " * 9), dialogue("how far?", "far", "and then?", "7 miles\n\nor 8"),
             dialogue("a", "b", "c", "d", "why?", "assistant " * 30), dialogue("say nothing", ""),
             dialogue("say it", "it is <|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nbest answer")]  # fmt: skip
@@ -127,11 +128,11 @@ def test_a_conversation_has_the_templates_ids_and_control_tokens_in_a_text_are_t
 
 
 def slow_armo(path, ids):
-    """ArmoRM's score of one conversation, written from the formula with loops, on transformers' causal model's states."""
+    """ArmoRM's score of one conversation, written from the formula with loops, over the states of transformers' Llama."""
     from safetensors.torch import load_file
     from transformers import LlamaModel
 
-    w = {k: v.double() for k, v in load_file(os.path.join(path, "model.safetensors")).items() if not k.startswith("model.")}
+    w = {k: v.double() for k, v in load_file(os.path.join(path, "model.safetensors")).items()}
     hidden = LlamaModel.from_pretrained(path)(torch.tensor([ids])).last_hidden_state[0].detach().double()
     where = max(i for i in range(len(ids)) if ids[i : i + 5] == PATTERN)
     x = hidden[where]
@@ -254,7 +255,8 @@ class Script:
 
 
 def two_talks(tokenizer):
-    return [Dialogue.start(tokenizer, f"something {w} please", stream=(w,)).add_answer(tokenizer, [2]) for w in ("red", "blue")]
+    starts = [Dialogue.start(tokenizer, f"something {word} please", stream=(word,)) for word in ("red", "blue")]
+    return [d.add_answer(tokenizer, [2]) for d in starts]
 
 
 def test_a_reply_without_a_question_is_asked_for_again_with_other_noise_and_no_more_than_three_times(tokenizers):
@@ -283,7 +285,8 @@ def test_a_user_at_a_url_is_sent_one_message_with_its_temperature_and_seed(cfg, 
     assert simulator.load_user(cfg).reply(two_talks(tokenizers["toy"])) == ["go on"] * 2
     bodies = [body for _, _, body in server.requests]
     assert len(bodies) == 3 and len({body["seed"] for body in bodies}) == 3
-    assert all(len(b["messages"]) == 1 and (b["temperature"], b["max_tokens"], b["model"]) == (0.7, 33, "llama") for b in bodies)
+    assert all(len(body["messages"]) == 1 for body in bodies)
+    assert {(body["temperature"], body["max_tokens"], body["model"]) for body in bodies} == {(0.7, 33, "llama")}
     server.server.shutdown()
     server.server.server_close()
     with pytest.raises(BadInput, match="--user-model"):
@@ -365,11 +368,15 @@ def test_ultrainteract_is_grouped_by_first_prompt_and_what_is_dropped_is_counted
     data = simulator.load_data(*simulator.data_key(cfg, tokenizer))
     train, test = ({p.text for p in split} for split in (data.train, data.test))
     assert len(train) == len(data.train) == 10 and len(test) == 2 and not train & test
-    assert {log.questions[0] for log in data.logs} == train
-    assert data.dropped == {"duplicate": 8, "roles do not alternate": 2, "an empty turn": 2, "prompt too long": 1, "malformed": 1}
+    assert {log.questions[0] for log in data.logs} - {"x" * 300} == train
+    assert data.dropped == {"duplicate": 8, "roles do not alternate": 2, "an empty turn": 2, "prompt too long": 1,
+                            "malformed": 1}  # fmt: skip
     assert "duplicate" in capsys.readouterr().out
     reverse, _ = place([*BROKEN, *GOOD][::-1], f"reverse_{name}")
     assert {p.text for p in simulator.load_split(reverse, "test", tokenizer)} == test
+    short = replace(cfg, max_dialogue=23)  # other lengths, "question 10" is too long: who is held out stays held out
+    fewer = simulator.load_data(*simulator.data_key(short, tokenizer))
+    assert fewer.dropped["prompt too long"] > 1 and not {p.text for p in fewer.train} & test
 
 
 def test_prompts_are_drawn_from_the_split_and_offline_dialogues_have_canonical_ids(place):
@@ -379,7 +386,7 @@ def test_prompts_are_drawn_from_the_split_and_offline_dialogues_have_canonical_i
     for first, second in simulator.offline_prompts(cfg, tokenizer, 1):
         H = len(first.spans)
         assert first.ids == tokenizer.apply_chat_template(first.messages, return_dict=False)
-        assert first.messages[:-1] == second.messages[:-1] and first.ids[: first.spans[-1][0]] == second.ids[: second.spans[-1][0]]
+        assert first.messages[:-1] == second.messages[:-1] and first.reset(H).ids == second.reset(H).ids
         assert (first.messages[-1]["content"], second.messages[-1]["content"]) == ("good", "bad") and H in (1, 2)
     with pytest.raises(BadInput, match="only 2 test prompts"):
         simulator.test_prompts(replace(cfg, eval_dialogues=3), tokenizer)
@@ -391,11 +398,11 @@ def hh(*texts, last="worse"):
 
 
 def test_hh_is_read_as_text_or_messages_with_setting_twos_caps(place):
-    rows = [hh(f"q {i}", "a", "then?", "b") for i in range(6)]
+    rows = [hh(f"q {i}", "a", "then?", "b") for i in range(16)]
     bad = [hh("x" * 200, "a"), hh("q", "a" * 600), hh("q", "a", "x"), hh(*"abcdefgh" * 2), hh("q", "", "r", "b")]
     cfg, tokenizer = place(rows + bad, user="dataset")
     data = simulator.load_data(*simulator.data_key(cfg, tokenizer))
-    assert all(p.secret == ["then?"] for p in data.train + data.test) and len(data.train + data.test) == 6
+    assert all(p.secret == ["then?"] for p in data.train + data.test) and len(data.train + data.test) == 16
     assert data.dropped == {"question too long": 1, "answer too long": 1, "roles do not alternate": 1,
                             "more than 5 turns": 1, "an empty turn": 1}  # fmt: skip
     listed = [{k: [{"role": r, "content": t} for r, t in simulator.turns_of(v)] for k, v in row.items()} for row in rows]
@@ -410,7 +417,7 @@ def test_hh_is_read_as_text_or_messages_with_setting_twos_caps(place):
     ('{"chosen": "a"}\n', "no column rejected"),
     ("this is no json\n", "cannot be read"),
     ("", "cannot be read"),
-    (json.dumps(ultra("only one")) + "\n", "1 prompts are left"),
+    (json.dumps(ultra("only one")) + "\n", "1 training and 0 test"),
 ])  # fmt: skip
 def test_a_file_that_cannot_serve_is_one_line(content, word, place, tmp_path):
     cfg, tokenizer = place([])
