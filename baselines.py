@@ -83,7 +83,7 @@ def offline_uniform(prompts, cfg, rng):
 
 def collect_offline(prompts, policy, user, reward, cfg, rng, dropped):
     """LT-OFFLINE: s_H and both responses from the data; nobody speaks."""
-    return refuel.make_pairs([(d, d2, len(d.spans)) for d, d2 in prompts], reward, dropped)
+    return refuel.make_pairs([(d, d2, len(d.spans)) for d, d2 in prompts], reward, cfg.max_dialogue, dropped)
 
 
 class Method(NamedTuple):

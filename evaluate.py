@@ -11,29 +11,23 @@ both orders, at an OpenAI-compatible URL (key: OPENAI_API_KEY) or from a checkpo
 
 Dimension key: N dialogues, H turns.
 """
-import contextlib
 import functools
 import glob
 import hashlib
-import http.client
 import itertools
 import json
 import os
 import re
 import sys
-import threading
-import time
-import urllib.error
-import urllib.request
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 
 import numpy as np
 from tqdm import tqdm
 
 import simulator
-from simulator import BadInput, Dialogue, barrier, in_waves, rank, read_weights, test_prompts, world, write_file
+from simulator import (FAILURES, BadInput, Dialogue, Local, Server, barrier, in_waves, rank, read_weights, test_prompts,
+                       world, write_file)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------
 # Win rate per turn
@@ -54,6 +48,11 @@ def judged(a, b, judge):
     """The judge's verdicts on dialogues a against b, at each turn: (N, H) in {0, 1/2, 1}."""
     turns = min(len(d.spans) for d in [*a, *b])
     return np.stack([judge([d.until(h) for d in a], [d.until(h) for d in b]) for h in range(1, turns + 1)], axis=1)
+
+
+def fits(reward, dialogues):
+    """Whether the reward model can score each dialogue; one that is too long for it is left out for all policies."""
+    return [getattr(reward, "fits_dialogue", lambda _: True)(d) for d in dialogues]
 
 
 def bootstrap(values_NH, samples=2000, seed=0):
@@ -225,7 +224,6 @@ new line, state only "A" or "B" to indicate which response is more helpful. Your
 Comparison: <one-sentence comparison and explanation>
 More helpful: <"A" or "B">"""
 
-FAILURES = 0.05  # the share of questions that may stay unanswered; they count as ties, and are asked again next time
 ANSWER_TOKENS = 512  # room for the judge's comparison and verdict
 
 
@@ -258,7 +256,7 @@ def vote(reply, wording):
 class LLMJudge:
     """A judge for win_rate that asks a language model in both orders: the same winner twice is a win, all else a tie.
 
-    ask(prompts)  yields (number of the prompt, reply, None) or (number, None, why) as they come: Server or Checkpoint
+    ask(prompts)  yields (number of the prompt, reply, None) or (number, None, why) as they come: Server or Local
     model         names the model in the cache; folder: the replies, one jsonl a rank. Failures are never kept
     counts        asked (pairs), flips (another winner in the other order), unparsable (replies), unanswered"""
 
@@ -295,7 +293,7 @@ class LLMJudge:
                 else:  # the line break comes first: a line that a kill has torn cannot spoil the next one
                     file.write("\n" + json.dumps({"key": self.key(missing[i]), "reply": reply}))
                     file.flush()
-        if len(reasons) > FAILURES * len(missing):
+        if len(reasons) > FAILURES * len(missing):  # those few count as ties, and are asked again next time
             why = next(filter(None, reasons))
             raise BadInput(f"the judge failed {len(reasons)} of {len(missing)} questions ({why}); its other answers "
                            "are kept: run the same command again to go on")  # fmt: skip
@@ -320,106 +318,9 @@ class LLMJudge:
         return known
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_):
-        """None: urllib would take the key along to wherever the server points."""
-
-
-class Server:
-    """An OpenAI-compatible server, asked by a few threads; bounded in tries, time and bytes.
-
-    Tried again: time-outs, broken connections, replies that are not what they should be, 429 and 5xx. Any other status
-    fails at once. The model that a reply names is not compared: servers answer with dated names and aliases, and one
-    that lies could lie there too. The key comes from the environment and goes nowhere but into the request's header."""
-
-    BYTES = 1 << 20
-
-    def __init__(self, url, model, timeout=120, tries=5, pause=1.0, threads=16):
-        if not re.fullmatch(r"https?://[^/@?#\s]+(/[^?#\s]*)?", url):
-            raise BadInput("--judge: a URL is http(s)://HOST[:PORT]/v1, and the key stands in OPENAI_API_KEY only")
-        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if not (self.key.isascii() and self.key.isprintable()):
-            raise BadInput("OPENAI_API_KEY has characters that no key has")
-        self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        self.model, self.timeout, self.tries, self.pause = model, timeout, tries, pause
-        self.threads = max(1, threads // world())
-        self.opener = urllib.request.build_opener(NoRedirect)
-
-    def __call__(self, prompts):
-        self.dead, self.failed, self.allowed = threading.Event(), [], FAILURES * len(prompts)
-        with ThreadPoolExecutor(self.threads) as pool:
-            futures = {pool.submit(self.answer, prompt): i for i, prompt in enumerate(prompts)}
-            try:
-                for future in as_completed(futures):
-                    yield futures[future], *future.result()
-            finally:
-                self.dead.set()
-
-    def answer(self, prompt):
-        """(reply, None), or (None, why there is none); why is None where nobody asks any more."""
-        why = None
-        for k in range(self.tries):
-            if self.dead.wait(self.pause * 2 ** (k - 1) if k else 0):
-                break
-            try:
-                return self.hidden(self.request(prompt)), None
-            except urllib.error.HTTPError as error:
-                why = f"HTTP {error.code}"
-                with contextlib.suppress(OSError, http.client.HTTPException), error:
-                    why = self.one_line(f"{why} {error.fp.read1(300).decode(errors='replace')}")
-                if error.code != 429 and error.code < 500:
-                    break
-            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError) as error:
-                why = self.one_line(f"{type(error).__name__} {error}")
-        self.failed.append(why)
-        if len(self.failed) > self.allowed:
-            self.dead.set()
-        return None, why
-
-    def request(self, prompt):
-        """One request, one reply's text."""
-        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "temperature": 0,
-                "max_tokens": ANSWER_TOKENS}  # fmt: skip
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-        data, deadline = b"", time.monotonic() + self.timeout
-        with self.opener.open(request, timeout=self.timeout) as response:
-            while chunk := response.read1(1 << 16):  # the time-out is per read: a server that drips is stopped here
-                data += chunk
-                if len(data) > self.BYTES:
-                    raise ValueError("a reply of more than 1 MB")
-                if time.monotonic() > deadline:
-                    raise TimeoutError("the reply takes too long")
-        text = json.loads(data)["choices"][0]["message"]["content"]
-        if not isinstance(text, str):
-            raise ValueError("a reply without text")
-        return text
-
-    def hidden(self, text):
-        """The text without the key, should the server echo it; a placeholder such as EMPTY is no secret."""
-        return text.replace(self.key, "***") if len(self.key) > 7 else text
-
-    def one_line(self, text):
-        return " ".join(self.hidden(text).split())[:200]
-
-
-class Checkpoint:
+def local_judge(path, cfg):
     """A checkpoint as the judge, in an engine of this process, as good as greedy (an engine cannot divide by 0)."""
-
-    def __init__(self, path, cfg):
-        from transformers import AutoConfig
-
-        room = min(AutoConfig.from_pretrained(path).max_position_embeddings, 4 * cfg.max_length + 2048)  # two, quoted
-        cfg = replace(cfg, temperature=0.01, max_new_tokens=ANSWER_TOKENS, max_length=room)
-        self.engine, self.wave = simulator.load_engine(path, cfg), cfg.wave
-
-    def __call__(self, prompts):
-        tokenizer = self.engine.tokenizer
-        for start in range(0, len(prompts), self.wave):
-            rows = [Dialogue.start(tokenizer, p, stream=("judge", p)) for p in prompts[start : start + self.wave]]
-            for i, (row, answer) in enumerate(zip(rows, self.engine.answer(rows)), start):
-                reply = answer and row.add_answer(tokenizer, *answer).messages[-1]["content"]
-                yield i, reply, None if answer else "a prompt longer than the judge's context"
+    return Local(path, cfg, 0.01, ANSWER_TOKENS, room=4 * cfg.max_length + 2048)  # two conversations, quoted
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -427,8 +328,8 @@ class Checkpoint:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-PLAYED_WITH = ("setting", "user", "dataset", "engine", "seed", "max_turns", "max_new_tokens", "max_length",
-               "temperature", "wave", "eval_dialogues")  # fmt: skip
+PLAYED_WITH = ("setting", "user", "user_model", "user_temperature", "user_tokens", "dataset", "engine", "seed",
+               "max_turns", "max_new_tokens", "max_length", "temperature", "wave", "eval_dialogues")  # fmt: skip
 
 
 @functools.lru_cache
@@ -485,10 +386,12 @@ def play(file, path, prompts, policy, user, cfg):
             policy.update(read_weights(path))
         else:
             policy = simulator.load_engine(path, cfg)
-            prompts = test_prompts(cfg, policy.tokenizer)
+            prompts = [Dialogue.start(policy.tokenizer, p.messages[0]["content"], p.secret, p.stream) for p in prompts]
 
     def wave(rows, _):
-        return [vars(d) for d in rollout(rows, policy, user, [cfg.max_turns] * len(rows))]
+        dialogues = rollout(rows, policy, user, [cfg.max_turns] * len(rows))
+        simulator.check_failures(sum(d.failed == "user" for d in dialogues), len(rows), cfg)
+        return [vars(d) for d in dialogues]
 
     rows = in_waves(file, prompts, cfg.wave, wave, f"evaluate {path}")
     return [Dialogue.from_json(row) for row in rows]
@@ -505,7 +408,8 @@ def evaluate(policies, folder, policy, user, reward, cfg, judge=None, kl=True):
     played = {}
     for name, path in paths.items():
         played[name] = play(os.path.join(folder, "eval", f"{name}.jsonl"), path, prompts, policy, user, cfg)
-    whole = [i for i in range(len(prompts)) if not any(dialogues[i].failed for dialogues in played.values())]
+    bad = [[d.failed or not scored for d, scored in zip(ds, fits(reward, ds))] for ds in played.values()]
+    whole = [i for i in range(len(prompts)) if not any(row[i] for row in bad)]
     if not whole:
         raise BadInput("every evaluation dialogue failed")
     played = {name: [dialogues[i] for i in whole] for name, dialogues in played.items()}
@@ -656,9 +560,9 @@ def load_judge(name, model, reward, cfg):
     if "://" in name:
         if not model:
             raise BadInput("--judge URL needs --judge-model NAME")
-        return LLMJudge(Server(name, model), model, folder, wording)
+        return LLMJudge(Server(name, model, max_tokens=ANSWER_TOKENS), model, folder, wording)
     path = simulator.find_checkpoint(name)
-    return LLMJudge(Checkpoint(path, cfg), fingerprint(path), folder, wording)
+    return LLMJudge(local_judge(path, cfg), fingerprint(path), folder, wording)
 
 
 def main(argv=None):
@@ -671,8 +575,9 @@ def main(argv=None):
         policies = named(policies)
         cfg = replace(cfg, reference=simulator.prepare_checkpoint(cfg.reference))
         test_prompts(cfg, simulator.load_tokenizer(cfg.reference))
-        user, reward = simulator.load_user(cfg), simulator.load_reward(cfg)
+        simulator.check_user(cfg), simulator.check_reward(cfg)
         claim(cfg.out, {"base": cfg.reference, **policies}, cfg)
+        user, reward = simulator.load_user(cfg), simulator.load_reward(cfg)
         judge = load_judge(judge, judge_model, reward, cfg)
         policy = simulator.load_engine(cfg.reference, cfg)
         results, played = evaluate(policies, cfg.out, policy, user, reward, cfg, judge)

@@ -51,9 +51,14 @@ class Config:
     setting: str  # toy, one (section 4.2) or two (section 4.3)
     policy: str  # pi_1: a checkpoint folder or a hub id
     reference: str  # what win rates and KL are measured against
-    user: str  # who plays the user
+    user: str  # who plays the user: toy, dataset (its own questions), a checkpoint, or the URL of a server
+    user_model: str  # the model's name at a URL
+    user_temperature: float  # of a language model as the user
+    user_tokens: int  # its whole reply; a question that is cut there is none
+    max_failures: float  # share of dialogues that the user may leave without a turn; above it the run stops
     reward: str  # r(s_{H+1})
-    dataset: str  # where the first prompts come from
+    reward_tokens: int  # a conversation that is longer for the reward model is dropped and counted, never cut
+    dataset: str  # where the first prompts come from: toy, ultrainteract, hh, a file, a folder or a hub id
     engine: str  # vllm, transformers, or auto: vllm where it is installed
     out: str  # the run's folder
     seed: int
@@ -62,6 +67,7 @@ class Config:
     max_turns: int  # H ~ U(max_turns), section 4.2
     max_new_tokens: int  # a turn of the assistant
     max_length: int  # the engine's context: a dialogue that may outgrow it is dropped and counted
+    max_dialogue: int  # section 4.2: a finished dialogue of more tokens is dropped, y's and y''s by one rule
     temperature: float  # of sampling and of ln pi in the loss, which must agree; no top-p, no top-k
     eta: float  # Eq. 1
     lr: float
@@ -81,9 +87,29 @@ SETTINGS = {
     # eta is the best of baselines.GRID for REFUEL; lr 5e-4 diverges. The world is described in toy.py.
     "toy": dict(
         policy="toy", reference="toy", user="toy", reward="toy", dataset="toy", engine="auto", out="runs/toy", seed=0,
+        user_model="", user_temperature=0.8, user_tokens=64, max_failures=0.05, reward_tokens=256, max_dialogue=256,
         iterations=2, num_prompts=4096, max_turns=5, max_new_tokens=16, max_length=256, temperature=1.0,
         eta=30.0, lr=1e-4, warmup=0.1, weight_decay=1e-6, batch_size=32, epochs=1, micro_tokens=4096,
         activation_checkpointing=False, checkpoint_steps=50, snapshot_steps=0, wave=512, eval_dialogues=1000,
+    ),
+    "one": dict(
+        policy="meta-llama/Meta-Llama-3-8B-Instruct",  # section 4.2; the reference is pi_1 itself
+        reference="meta-llama/Meta-Llama-3-8B-Instruct",
+        user="http://localhost:8000/v1", user_model="meta-llama/Llama-3.1-70B-Instruct",  # C.2; `vllm serve` gives it
+        user_temperature=0.8, user_tokens=1024,  # the released code; the paper is silent
+        max_failures=0.05,  # ours: the released code takes any reply
+        reward="RLHFlow/ArmoRM-Llama3-8B-v0.1", reward_tokens=4096,  # section 4.2; the length is the released code's
+        dataset="ultrainteract", engine="auto", out="runs/one", seed=0,
+        iterations=2,  # section 4.2
+        num_prompts=64_000,  # the released README's episodes, before what is dropped
+        max_turns=5,  # section 4.2: H ~ U(5)
+        max_new_tokens=1024, temperature=0.8,  # the released README
+        max_length=8192,  # Llama 3's context: evaluation has no limit of its own
+        max_dialogue=2048,  # sections 4.2 and C.4
+        eta=1e3, lr=3e-7, warmup=0.1, weight_decay=1e-6, batch_size=128, epochs=1,  # the released README; C.3
+        micro_tokens=8192, activation_checkpointing=True,  # ours: one forward and backward in 80 GB
+        checkpoint_steps=50, snapshot_steps=0, wave=512,
+        eval_dialogues=500,  # section 4.2
     ),
 }  # fmt: skip
 
@@ -116,7 +142,12 @@ def sample_resets(n, max_turns, rng):
 
 
 def from_the_start(prompts, cfg, rng):
-    """REFUEL's roll-in: from s_1 by the policy itself. Returns (where the first roll-out begins, h, H)."""
+    """REFUEL's roll-in: from s_1 by the policy itself. Returns (where the first roll-out begins, h, H).
+
+    Where the data asks the questions, H is the number of them (section 4.3), not drawn."""
+    if cfg.user == "dataset":
+        H = np.array([1 + len(p.secret) for p in prompts])
+        return prompts, rng.integers(1, H + 1), H
     return (prompts, *sample_resets(len(prompts), cfg.max_turns, rng))
 
 
@@ -136,17 +167,23 @@ def collect(prompts, policy, user, reward, cfg, rng, dropped=None, roll_in=from_
     second = dict(zip(whole, rollout(resets, policy, user, H[whole])))
     dropped.update(d.failed for d in [*first, *second.values()] if d.failed)
 
-    return make_pairs([(first[i], d, h[i]) for i, d in second.items() if not d.failed], reward, dropped)
+    futures = [(first[i], d, h[i]) for i, d in second.items() if not d.failed]
+    return make_pairs(futures, reward, cfg.max_dialogue, dropped)
 
 
-def make_pairs(futures, reward, dropped):
+def make_pairs(futures, reward, max_dialogue, dropped):
     """Pairs from [(a finished dialogue, another one that parts from it at turn h, h)], with the rewards of both."""
     # the same response twice has a log-ratio of 0 under every pi: a constant in Eq. 1, and no gradient
     distinct = [(d, d2, int(h)) for d, d2, h in futures if d.answer(h) != d2.answer(h)]
     dropped["identical"] += len(futures) - len(distinct)
-    scores = reward([d for d, _, _ in distinct] + [d2 for _, d2, _ in distinct])
+    futures = [f for f in distinct if max(len(f[0].ids), len(f[1].ids)) <= max_dialogue]
+    dropped.update(["over --max-dialogue"] * (len(distinct) - len(futures)))
+    scores = reward([d for d, _, _ in futures] + [d2 for _, d2, _ in futures])
     pairs = []
-    for (d, d2, h), r, r2 in zip(distinct, scores[: len(distinct)], scores[len(distinct) :]):
+    for (d, d2, h), r, r2 in zip(futures, scores[: len(futures)], scores[len(futures) :]):
+        if r is None or r2 is None:
+            dropped["reward: too long"] += 1
+            continue
         if not (math.isfinite(r) and math.isfinite(r2)):
             raise BadInput(f"the reward of a dialogue is not finite ({r}, {r2}): {d.messages[0]['content']!r}")
         pairs.append(Pair(d.reset(h).ids, d.answer(h), d2.answer(h), (float(r), float(r2)), h, len(d.spans), (d, d2)))
@@ -615,6 +652,7 @@ def collected(folder, collect, prompts, cfg, t):
     def wave(rows, number):
         dropped = Counter()
         pairs = collect(rows, rng=np.random.default_rng([cfg.seed, t, number]), dropped=dropped)
+        simulator.check_failures(dropped["user"], len(rows), cfg)
         return [{"dropped": dropped}, *map(pair_to_json, pairs)]
 
     start = time.time()
@@ -706,6 +744,9 @@ def check(cfg):
     rules = {name: (lambda v: 0 < v < math.inf, "positive") for name in positive.split()}
     rules |= {name: (lambda v: v > 0, "positive") for name in ("checkpoint_steps", "wave", "eval_dialogues")}
     rules |= {name: (lambda v: 0 <= v < math.inf, "0 or more") for name in ("weight_decay", "seed", "snapshot_steps")}
+    rules |= {name: (lambda v: v > 0, "positive") for name in ("user_tokens", "reward_tokens", "max_dialogue")}
+    rules["user_temperature"] = (lambda v: 0 < v < math.inf, "positive")
+    rules["max_failures"] = (lambda v: 0 <= v <= 1, "a share of the dialogues, in [0, 1]")
     rules["warmup"] = (lambda v: 0 <= v < 1, "a share of the steps, in [0, 1)")
     rules["engine"] = (lambda v: v in ("auto", "vllm", "transformers"), "auto, vllm or transformers")
     rules["max_length"] = (lambda v: v > cfg.max_new_tokens, f"more than --max-new-tokens {cfg.max_new_tokens}")
@@ -722,7 +763,7 @@ def prepare(cfg):
     tokenizer = simulator.load_tokenizer(cfg.policy)
     simulator.train_prompts(cfg, tokenizer, 1)
     simulator.test_prompts(cfg, tokenizer)
-    simulator.load_user(cfg), simulator.load_reward(cfg)
+    simulator.check_user(cfg), simulator.check_reward(cfg), simulator.reach_user(cfg)
     path = os.path.join(cfg.out, "config.json")
     if os.path.exists(path):
         old, new = simulator.read_json(path), asdict(cfg)
@@ -740,6 +781,14 @@ def open_run(cfg):
         os.makedirs(cfg.out, exist_ok=True)
         simulator.write_file(path, json.dumps(asdict(cfg), indent=1))
     barrier()
+
+
+def log_data(cfg):
+    """The first line of metrics.jsonl: what the data set gave and what was dropped of it, by reason."""
+    if rank() == 0 and cfg.dataset != "toy" and not os.path.exists(os.path.join(cfg.out, "metrics.jsonl")):
+        data = simulator.load_data(*simulator.data_key(cfg, simulator.load_tokenizer(cfg.policy)))
+        counts = {"train": len(data.train), "test": len(data.test), "logged": len(data.logs), "dropped": data.dropped}
+        log(cfg, {"iteration": 0, "phase": "data"} | counts)
 
 
 def start_processes():
@@ -762,6 +811,7 @@ def main(argv=None):
         open_run(cfg)
         if rank() == 0:
             print("\n".join(f"{k:26s}{v}" for k, v in asdict(cfg).items()), flush=True)
+        log_data(cfg)
         speakers = train(cfg)
         import evaluate
 

@@ -7,17 +7,26 @@ and tokenised again between turns. Roll-in and roll-out are one function, `rollo
 
 Dimension key: B dialogues, T tokens, V vocabulary, H turns.
 """
+import contextlib
 import copy
 import functools
 import glob
 import hashlib
+import http.client
 import importlib.util
 import json
 import math
 import os
 import random
+import re
 import shutil
-from dataclasses import dataclass, field
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -374,14 +383,413 @@ def load_engine(path, cfg):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Prompts, users and reward models
+# Asking a language model for text: a server, or a checkpoint in this process (users and judges)
 # ---------------------------------------------------------------------------------------------------------------
-# A user has reply(dialogues) -> [text or None], a reward model is reward(dialogues) -> [float]; both see whole batches.
+
+FAILURES = 0.05  # the share of questions that may stay unanswered
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_):
+        """None: urllib would take the key along to wherever the server points."""
+
+
+class Server:
+    """An OpenAI-compatible server, asked by a few threads; bounded in tries, time and bytes.
+
+    Tried again: time-outs, broken connections, replies that are not what they should be, 429 and 5xx. Any other status
+    fails at once. The model that a reply names is not compared: servers answer with dated names and aliases, and one
+    that lies could lie there too. The key comes from the environment and goes nowhere but into the request's header."""
+
+    BYTES = 1 << 20
+
+    def __init__(self, url, model, timeout=120, tries=5, pause=1.0, threads=16, flag="--judge", **options):
+        """options: temperature (0), max_tokens (512), whole: a reply that was cut at max_tokens is given as empty."""
+        if not re.fullmatch(r"https?://[^/@?#\s]+(/[^?#\s]*)?", url):
+            raise BadInput(f"{flag}: a URL is http(s)://HOST[:PORT]/v1, and the key stands in OPENAI_API_KEY only")
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise BadInput("OPENAI_API_KEY has characters that no key has")
+        self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        self.model, self.timeout, self.tries, self.pause = model, timeout, tries, pause
+        self.threads = max(1, threads // world())
+        self.options = dict(temperature=0, max_tokens=512, whole=False) | options
+        self.opener = urllib.request.build_opener(NoRedirect)
+
+    def __call__(self, prompts, seeds=None, allowed=None):
+        """(number, reply, None) or (number, None, why) as they come; given up after `allowed` failures."""
+        self.dead, self.failed = threading.Event(), []
+        self.allowed = FAILURES * len(prompts) if allowed is None else allowed
+        with ThreadPoolExecutor(self.threads) as pool:
+            asked = zip(prompts, seeds or [None] * len(prompts), strict=True)
+            futures = {pool.submit(self.answer, prompt, seed): i for i, (prompt, seed) in enumerate(asked)}
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], *future.result()
+            finally:
+                self.dead.set()
+
+    def answer(self, prompt, seed=None):
+        """(reply, None), or (None, why there is none); why is None where nobody asks any more."""
+        why = None
+        for k in range(self.tries):
+            if self.dead.wait(self.pause * 2 ** (k - 1) if k else 0):
+                break
+            try:
+                return self.hidden(self.request(prompt, seed)), None
+            except urllib.error.HTTPError as error:
+                why = f"HTTP {error.code}"
+                with contextlib.suppress(OSError, http.client.HTTPException), error:
+                    why = self.one_line(f"{why} {error.fp.read1(300).decode(errors='replace')}")
+                if error.code != 429 and error.code < 500:
+                    break
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError) as error:
+                why = self.one_line(f"{type(error).__name__} {error}")
+        self.failed.append(why)
+        if len(self.failed) > self.allowed:
+            self.dead.set()
+        return None, why
+
+    def request(self, prompt, seed):
+        """One request, one reply's text."""
+        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}],
+                "temperature": self.options["temperature"], "max_tokens": self.options["max_tokens"]}  # fmt: skip
+        body |= {} if seed is None else {"seed": seed}
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        data, deadline = b"", time.monotonic() + self.timeout
+        with self.opener.open(request, timeout=self.timeout) as response:
+            while chunk := response.read1(1 << 16):  # the time-out is per read: a server that drips is stopped here
+                data += chunk
+                if len(data) > self.BYTES:
+                    raise ValueError("a reply of more than 1 MB")
+                if time.monotonic() > deadline:
+                    raise TimeoutError("the reply takes too long")
+        choice = json.loads(data)["choices"][0]
+        text = choice["message"]["content"]
+        if not isinstance(text, str):
+            raise ValueError("a reply without text")
+        return "" if self.options["whole"] and choice.get("finish_reason") == "length" else text
+
+    def hidden(self, text):
+        """The text without the key, should the server echo it; a placeholder such as EMPTY is no secret."""
+        return text.replace(self.key, "***") if len(self.key) > 7 else text
+
+    def one_line(self, text):
+        return " ".join(self.hidden(text).split())[:200]
+
+
+class Local:
+    """A checkpoint that is asked like a Server, in an engine of this process."""
+
+    def __init__(self, path, cfg, temperature, max_tokens, room, whole=False):
+        from transformers import AutoConfig
+
+        room = min(AutoConfig.from_pretrained(path).max_position_embeddings, room)
+        cfg = replace(cfg, temperature=temperature, max_new_tokens=max_tokens, max_length=room)
+        self.engine, self.wave, self.whole = load_engine(path, cfg), cfg.wave, whole
+
+    def __call__(self, prompts, seeds=None, allowed=None):
+        tokenizer, seeds = self.engine.tokenizer, seeds or prompts
+        for start in range(0, len(prompts), self.wave):
+            part = slice(start, start + self.wave)
+            rows = [Dialogue.start(tokenizer, p, stream=("ask", s)) for p, s in zip(prompts[part], seeds[part])]
+            for i, (row, answer) in enumerate(zip(rows, self.engine.answer(rows)), start):
+                if answer is None:
+                    yield i, None, "a prompt longer than the model's context"
+                elif self.whole and answer[1]:  # it was cut
+                    yield i, "", None
+                else:
+                    yield i, row.add_answer(tokenizer, *answer).messages[-1]["content"], None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Users: who speaks at x_{h+1}
+# ---------------------------------------------------------------------------------------------------------------
+# A user has reply(dialogues) -> [text or None], a reward model is reward(dialogues) -> [float, or None where it does
+# not fit]; both see whole batches.
+
+# Appendix C.2 in the paper's wording; the line breaks and the speakers' marks, lost there, are the released code's.
+USER_PROMPT = """Below is a dialogue between the user and the assistant. Pretend you are the user in this conversation. \
+What question would you ask next?
+
+### Dialogue:
+{dialogue}
+
+### Instructions:
+FIRST provide a justification of the question you want to ask. SECOND, on a new line, state only the question. Your \
+response should use the format:
+Justification: <one-sentence justification>
+Question: <question to ask next>"""
+
+USER_TRIES = 3  # replies asked for, each with a seed of its own, before a dialogue is given up
+
+
+class LLMUser:
+    """Setting one: a language model that is asked what the user would say next (appendix C.2).
+
+    ask: a Server or a Local, which sends the prompt as one user message of the model's own chat template; longest: a
+    question of more characters is none; limit: share of unanswered prompts at which a server is left alone."""
+
+    def __init__(self, ask, longest, limit):
+        self.ask, self.longest, self.limit = ask, longest, limit
+
+    def reply(self, dialogues):
+        texts, rows, why = [None] * len(dialogues), list(range(len(dialogues))), {}
+        for k in range(USER_TRIES):
+            prompts = [user_prompt(dialogues[i].messages) for i in rows]
+            seeds = [dialogues[i].seed(f"user {k}") for i in rows]
+            for n, reply, reason in self.ask(prompts, seeds, math.ceil(self.limit * len(dialogues))) if rows else ():
+                texts[rows[n]] = next_question(reply or "", self.longest)
+                why[rows[n]] = reason or "a reply without a question"
+            rows = [i for i in rows if texts[i] is None]
+        if rows:
+            tqdm.write(f"the user gave no turn to {len(rows)} of {len(dialogues)} dialogues: {why[rows[0]]}")
+        return texts
+
+
+def user_prompt(messages):
+    dialogue = "\n\n".join(f"### {m['role']}: {m['content']}" for m in messages)
+    return USER_PROMPT.format(dialogue=dialogue)
+
+
+def next_question(reply, longest):
+    """What stands behind the last "Question:" of a user model's reply; None where that is missing, empty or too long.
+
+    The released code takes the whole reply, justification and all, where the mark is missing, and an empty turn where
+    nothing follows it. A mark in bold type leaves its closing stars in front of the question.
+
+    >>> next_question("Justification: to know. **Question:** How far is it?", 100)
+    'How far is it?'
+    """
+    _, mark, text = reply.rpartition("Question:")
+    text = text.strip().removeprefix("**").strip()
+    return text if mark and 0 < len(text) <= longest else None
+
+
+class DataUser:
+    """Setting two: the data set's own next question, whatever the policy said; secret lists x_2, x_3, ..."""
+
+    def reply(self, dialogues):
+        return [d.secret[len(d.spans) - 1] if len(d.spans) <= len(d.secret) else None for d in dialogues]
+
+
+def check_user(cfg):
+    """Everything about --user that can be known before a model is loaded."""
+    if cfg.user == "toy" and cfg.dataset != "toy":
+        raise BadInput(f"--user toy: the toy's user knows nothing of --dataset {cfg.dataset}")
+    if cfg.user == "dataset" and cfg.dataset == "toy":
+        raise BadInput("--user dataset: the toy's data set holds no questions to come")
+    if "://" in cfg.user:
+        user_server(cfg)
+    elif cfg.user not in ("toy", "dataset"):
+        load_tokenizer(find_checkpoint(cfg.user))
+
+
+def reach_user(cfg):
+    """One question to a user at a URL: a server that is not there is found before any model is loaded."""
+    if "://" in cfg.user:
+        _, reply, why = next(user_server(cfg, tries=3)([user_prompt([{"role": "user", "content": "Hello."}])], [0]))
+        if reply is None:
+            raise BadInput(f"--user {cfg.user} does not answer as {cfg.user_model}: {why}")
+
+
+def user_server(cfg, **options):
+    if not cfg.user_model:
+        raise BadInput("--user URL needs --user-model NAME")
+    return Server(cfg.user, cfg.user_model, threads=256, flag="--user", temperature=cfg.user_temperature,
+                  max_tokens=cfg.user_tokens, whole=True, **options)  # fmt: skip
+
+
+def load_user(cfg):
+    """Who plays the user: `toy`, `dataset`, the URL of a server, or a checkpoint in an engine of this process."""
+    check_user(cfg)
+    if cfg.user == "toy":
+        import toy
+
+        return toy.Customer()
+    if cfg.user == "dataset":
+        return DataUser()
+    if "://" in cfg.user:
+        ask = user_server(cfg)
+    else:  # room: its tokenizer may need more tokens than the policy's
+        path, room = find_checkpoint(cfg.user), 2 * cfg.max_length + cfg.user_tokens
+        ask = Local(path, cfg, cfg.user_temperature, cfg.user_tokens, room, whole=True)
+    return LLMUser(ask, 8 * cfg.user_tokens, cfg.max_failures)
+
+
+def check_failures(failed, dialogues, cfg):
+    """A run in which the user fails too often is stopped: what is left would be another distribution of dialogues."""
+    if failed > math.ceil(cfg.max_failures * dialogues):
+        raise BadInput(f"--user {cfg.user} failed in {failed} of {dialogues} dialogues; --max-failures is "
+                       f"{cfg.max_failures:g} (finished waves are kept: run the same command again to go on)")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reward models: r(s_{H+1})
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def conversation_ids(tokenizer, messages):
+    """A finished conversation as the reward model's own chat template renders it, with the BOS that the template writes
+    and no other. The strings of control tokens inside a text stay text: an answer that spells out an end token must
+    not move the place where a score is read."""
+    names, held, shown = [str(token) for token in tokenizer.added_tokens_decoder.values()], {}, []
+    for i, m in enumerate(messages):
+        if any(name in m["content"] for name in names):
+            held[f"\ue000{i}\ue000"] = m["content"].strip()
+            m = m | {"content": f"\ue000{i}\ue000"}
+        shown.append(m)
+    pieces = re.split("(\ue000\\d+\ue000)", tokenizer.apply_chat_template(shown, tokenize=False))
+    encoded = (encode_plain(tokenizer, held[p]) if p in held else encode(tokenizer, p) for p in pieces if p)
+    return [i for piece in encoded for i in piece]
+
+
+class RewardModel:
+    """A reward model on a causal body: raw scores, read in float32 at the last real token.
+
+    Batches are sorted by length, bounded in tokens and padded on the right, which no real token can see. A conversation
+    of more than max_length tokens gets None; it is never cut, since a torn one would be scored as if it were whole."""
+
+    def __init__(self, path, max_length, tokens=16384):
+        import torch
+        from transformers import AutoTokenizer
+
+        self.tokenizer, self.tokens = AutoTokenizer.from_pretrained(path), tokens
+        if not self.tokenizer.chat_template:
+            raise BadInput(f"--reward {path} has no chat template")
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
+        self.load(path, torch.bfloat16 if cuda else torch.float32)
+        self.max_length = min(max_length, self.body.config.max_position_embeddings)
+
+    def fits(self, ids):
+        return len(ids) <= self.max_length
+
+    def fits_dialogue(self, dialogue):
+        return self.fits(conversation_ids(self.tokenizer, dialogue.messages))
+
+    def __call__(self, dialogues):
+        rows = [conversation_ids(self.tokenizer, d.messages) for d in dialogues]
+        scores, order = [None] * len(rows), sorted((i for i, ids in enumerate(rows) if self.fits(ids)),
+                                                   key=lambda i: len(rows[i]))  # fmt: skip
+        while order:  # the longest first: a batch that does not fit the device fails at once
+            n = max(1, self.tokens // len(rows[order[-1]]))
+            batch, order = order[-n:], order[:-n]
+            for i, score in zip(batch, self.score([rows[i] for i in batch])):
+                scores[i] = score
+        return scores
+
+    def score(self, rows):
+        import torch
+
+        T = len(rows[-1])
+        ids_BT = torch.tensor([ids + [0] * (T - len(ids)) for ids in rows], device=self.device)
+        mask_BT = torch.tensor([[1] * len(ids) + [0] * (T - len(ids)) for ids in rows], device=self.device)
+        with torch.no_grad():
+            hidden_BTD = self.body(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+            return self.head(rows, hidden_BTD).tolist()
+
+
+def at(hidden_BTD, positions):
+    """One token's hidden state of each row: (B, D) float32."""
+    import torch
+
+    return hidden_BTD[torch.arange(len(positions)), torch.tensor(positions)].float()
+
+
+class SequenceReward(RewardModel):
+    """A sequence classifier with one label, such as FsfairX (setting two)."""
+
+    def load(self, path, dtype):
+        from transformers import AutoModelForSequenceClassification
+
+        model, info = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        if info["missing_keys"] or model.config.num_labels != 1 or not hasattr(model, "score"):
+            raise BadInput(f"--reward {path} is not a sequence classifier with one label and a trained head")
+        self.body = model.base_model.to(self.device).eval()
+        self.weight_1D = model.score.weight.detach().float().to(self.device)
+
+    def head(self, rows, hidden_BTD):
+        return (at(hidden_BTD, [len(ids) - 1 for ids in rows]) @ self.weight_1D.T)[:, 0]
+
+
+class ArmoRM(RewardModel):
+    """ArmoRM-Llama3-8B (setting one): 19 objectives read at the last token, mixed by a gate that is read where the last
+    answer begins; score = sum over objectives of gate * (rewards @ transform).
+
+    Its head is read from the safetensors by name and computed in float32: in bfloat16 scores between 1/8 and 1/4 come
+    in steps of 0.001, which eta = 1000 turns into whole nats. Its remote code is never run."""
+
+    # <|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n; the gate is read at the first of these five, the end
+    # of the last question, so that it knows the question and not the answer
+    PATTERN = [128009, 128006, 78191, 128007, 271]
+
+    def load(self, path, dtype):
+        from transformers import LlamaModel
+
+        self.body, info = LlamaModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        if info["missing_keys"]:
+            raise BadInput(f"--reward {path} lacks {len(info['missing_keys'])} weights of its Llama")
+        self.body = self.body.to(self.device).eval()
+        head = ("regression_layer.", "gating.", "reward_transform_matrix")
+        self.weights = {k: v.float().to(self.device) for k, v in read_weights(path, head)}
+        self.temperature = read_json(os.path.join(path, "config.json")).get("gating_temperature", 10)
+
+    def fits(self, ids):
+        return super().fits(ids) and self.gate_position(ids) is not None
+
+    def gate_position(self, ids):
+        n = len(self.PATTERN)
+        return next((i for i in range(len(ids) - n, -1, -1) if ids[i : i + n] == self.PATTERN), None)
+
+    def gate(self, x_BD):
+        from torch.nn.functional import linear, relu
+
+        layers = sorted({int(name.split(".")[2]) for name in self.weights if name.startswith("gating.layers.")})
+        for layer in layers:
+            weight, bias = (self.weights.get(f"gating.layers.{layer}.{kind}") for kind in ("weight", "bias"))
+            x_BD = linear(x_BD if layer == 0 else relu(x_BD), weight, bias)
+        return (x_BD / self.temperature).softmax(-1) * self.weights["gating.logit_scale"]   # (B, objectives)
+
+    def head(self, rows, hidden_BTD):
+        gate_BO = self.gate(at(hidden_BTD, [self.gate_position(ids) for ids in rows]))
+        rewards_BO = at(hidden_BTD, [len(ids) - 1 for ids in rows]) @ self.weights["regression_layer.weight"].T
+        return (gate_BO * (rewards_BO @ self.weights["reward_transform_matrix"])).sum(-1)
+
+
+def check_reward(cfg):
+    """The class and folder that --reward names, before a model is loaded; (None, None) for the toy's."""
+    if cfg.reward == "toy":
+        return None, None
+    path = find_checkpoint(cfg.reward)
+    names = set(weight_names(path))
+    if {"regression_layer.weight", "reward_transform_matrix", "gating.layers.0.weight", "gating.logit_scale"} <= names:
+        return ArmoRM, path
+    architectures = read_json(os.path.join(path, "config.json")).get("architectures") or ()
+    if any("SequenceClassification" in name for name in architectures):
+        return SequenceReward, path
+    raise BadInput(f"--reward {cfg.reward} is neither ArmoRM nor a sequence classifier")
+
+
+def load_reward(cfg):
+    """The reward model that --reward names: `toy`, or a checkpoint whose files say what it is."""
+    kind, path = check_reward(cfg)
+    if kind:
+        return kind(path, cfg.reward_tokens)
+    import toy
+
+    return toy.Reward()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Prompts and logged dialogues
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def train_prompts(cfg, tokenizer, t):
     """The dialogues at s_1 of iteration t: cfg.num_prompts of the training split, drawn without replacement."""
-    pool = load_split(cfg, "train")
+    pool = load_split(cfg, "train", tokenizer)
     if cfg.num_prompts > len(pool):
         raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(pool)} training prompts")
     rows = random.Random(seed_for(cfg.seed, "prompts", t)).sample(range(len(pool)), cfg.num_prompts)
@@ -392,43 +800,209 @@ def offline_prompts(cfg, tokenizer, t):
     """The same for the baselines that roll in by the data: finished dialogues, each with a second last answer."""
     import toy
 
-    if cfg.num_prompts > toy.POOL["train"]:
-        raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {toy.POOL['train']} dialogues")
-    rows = random.Random(seed_for(cfg.seed, "offline", t)).sample(range(toy.POOL["train"]), cfg.num_prompts)
-    return toy.offline_dialogues(tokenizer, rows)
+    logs = range(toy.POOL["train"]) if cfg.dataset == "toy" else load_data(*data_key(cfg, tokenizer)).logs
+    if cfg.num_prompts > len(logs):
+        raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(logs)} dialogues")
+    rows = random.Random(seed_for(cfg.seed, "offline", t)).sample(range(len(logs)), cfg.num_prompts)
+    if cfg.dataset == "toy":
+        return toy.offline_dialogues(tokenizer, rows)
+    return [replay(tokenizer, logs[i]) for i in rows]
 
 
 def test_prompts(cfg, tokenizer):
     """The openings that every policy is evaluated from; the streams make users and noise common to all of them."""
-    pool = load_split(cfg, "test")
+    pool = load_split(cfg, "test", tokenizer)
     if cfg.eval_dialogues > len(pool):
         raise BadInput(f"--eval-dialogues {cfg.eval_dialogues}: {cfg.dataset} has only {len(pool)} test prompts")
     return [Dialogue.start(tokenizer, p.text, p.secret, (cfg.seed, "test", i))
             for i, p in enumerate(pool[: cfg.eval_dialogues])]  # fmt: skip
 
 
-def load_split(cfg, split):
-    if cfg.dataset != "toy":
-        raise BadInput(f"--dataset {cfg.dataset}: the toy's customers are the data set 'toy'")
-    import toy
+def load_split(cfg, split, tokenizer):
+    """The split's prompts: the toy's customers, or the first prompts of a data set of conversations."""
+    if cfg.dataset == "toy":
+        import toy
 
-    return toy.load_prompts(split)
-
-
-def load_user(cfg):
-    if cfg.user != "toy":
-        raise BadInput(f"--user {cfg.user}: the toy's user is 'toy'")
-    import toy
-
-    return toy.Customer()
+        return toy.load_prompts(split)
+    return getattr(load_data(*data_key(cfg, tokenizer)), split)
 
 
-def load_reward(cfg):
-    if cfg.reward != "toy":
-        raise BadInput(f"--reward {cfg.reward}: the toy's reward is 'toy'")
-    import toy
+DATASETS = {"ultrainteract": "openbmb/UltraInteract_pair", "hh": "Anthropic/hh-rlhf"}
+HELD_OUT = 1000  # first prompts: Table 3's 500 for tests and 500 for validation; a fifth of a set with fewer than 5,000
+# Setting two, tokens of (a question with its header, an answer): appendix C.4 for HH, Table 5 by the number of turns
+HH_CAPS = (128, 512)
+ULTRAINTERACT_CAPS = {1: (1024, 1024), 2: (768, 768), 3: (512, 512), 4: (256, 512), 5: (128, 512)}
 
-    return toy.Reward()
+
+class Logged(NamedTuple):
+    """A conversation of a data set: x_1..x_H, y_1..y_{H-1}, and the two answers to x_H."""
+
+    questions: tuple
+    answers: tuple
+    chosen: str
+    rejected: str | None  # None where the data's second conversation has another history
+
+
+class Data(NamedTuple):
+    train: list  # prompts
+    test: list
+    logs: list  # conversations that begin with a training prompt, for the baselines that roll in by the data
+    dropped: Counter  # rows by reason
+
+
+def data_key(cfg, tokenizer):
+    """What a split depends on, so that one process reads a data set once."""
+    longest = min(cfg.max_dialogue, cfg.max_length - cfg.max_new_tokens)
+    return cfg.dataset, tokenizer.name_or_path, cfg.user == "dataset", cfg.max_turns, longest
+
+
+@functools.lru_cache(maxsize=4)
+def load_data(name, tokenizer_path, fixed, max_turns, longest):
+    """Prompts and logs of UltraInteract_pair, Anthropic-HH or a set of their form; what is dropped is counted.
+
+    fixed: the questions to come are the data's own (setting two); then a prompt is a whole list of questions, with the
+    caps of that setting. Else it is a first prompt of at most `longest` tokens. Prompts are de-duplicated, and those
+    with one first prompt are on one side of the split. The split depends on the texts alone, neither on the order of
+    the rows nor on any length or tokenizer, so that no other flag can bring a training prompt into the test. (The
+    released code splits rows, without a seed, and shares first prompts between training and test.)"""
+    rows, tokenizer, dropped = read_rows(name), load_tokenizer(tokenizer_path), Counter()
+    logs, seen = [], {}
+    for row in rows:
+        log = logged(row)
+        if isinstance(log, str):
+            dropped[log] += 1
+            continue
+        logs.append(log)
+        key = log.questions if fixed else log.questions[0]
+        dropped.update(["duplicate"] * (key in seen))
+        seen.setdefault(key, log)
+    caps = HH_CAPS if "trajectory" not in rows.column_names else None
+    prompts = {}  # by first prompt
+    for log, why in zip(seen.values(), too_long(tokenizer, list(seen.values()), fixed, max_turns, longest, caps)):
+        if why:
+            dropped[why] += 1
+        else:
+            secret = list(log.questions[1:]) if fixed else None
+            prompts.setdefault(log.questions[0], []).append(Prompt(log.questions[0], secret))
+    order = sorted({log.questions[0] for log in logs}, key=lambda text: seed_for("split", text))
+    cut = min(HELD_OUT, len(order) // 5)
+    test, train = ([p for x in part for p in prompts.get(x, ())] for part in (order[:cut], order[cut:]))
+    sizes = f"{name}: {len(rows)} rows, {len(train)} training and {len(test)} test prompts; dropped: {dict(dropped)}"
+    if not (train and test):
+        raise BadInput(f"--dataset {sizes}")
+    if rank() == 0:
+        print(sizes, flush=True)
+    first = set(order[cut:])
+    kept = [log for log in logs if log.questions[0] in first and log.rejected and len(log.questions) <= max_turns]
+    return Data(train, test, kept, dropped)
+
+
+def logged(row):
+    """A row as Logged, or the reason why it is none."""
+    try:
+        if "trajectory" in row:
+            history, chosen, rejected = turns_of(row["trajectory"]), row["chosen"], row["rejected"]
+        else:
+            *history, (role, chosen) = turns_of(row["chosen"])
+            *other, (other_role, rejected) = turns_of(row["rejected"])
+            rejected = rejected if other == history else None
+            if not role == other_role == "assistant":
+                return "roles do not alternate"
+    except (ValueError, TypeError, KeyError):
+        return "malformed"
+    roles = ["user", *["assistant", "user"] * (len(history) // 2)]  # of an odd number of turns
+    if [role for role, _ in history] != roles:
+        return "roles do not alternate"
+    try:
+        texts = [checked(text) for _, text in history]
+        return Logged(tuple(texts[::2]), tuple(texts[1::2]), checked(chosen), rejected and checked(rejected))
+    except BadInput:
+        return "an empty turn"
+
+
+def turns_of(value):
+    """[(role, text)] of a list of messages, or of a text with the marks of Anthropic-HH."""
+    if isinstance(value, str):
+        before, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + value.lstrip())
+        if before.strip():
+            raise ValueError("a text that does not begin with a speaker")
+        pairs = list(zip(parts[::2], parts[1::2]))
+    else:
+        pairs = [(m["from"], m["value"]) if "from" in m else (m["role"], m["content"]) for m in value]
+    names = {"Human": "user", "human": "user", "Assistant": "assistant", "gpt": "assistant"}
+    return [(names.get(role, role), text) for role, text in pairs]
+
+
+def too_long(tokenizer, logs, fixed, max_turns, longest, caps):
+    """For each conversation the reason why it cannot be a prompt, or None."""
+    before, after, between, later = template_pieces(tokenizer)
+    first, more = len(encode(tokenizer, before + after)), len(encode(tokenizer, between + later))
+    if not fixed:
+        counts = token_counts(tokenizer, [d.questions[0] for d in logs])
+        return ["prompt too long" if first + n > longest else None for n in counts]
+    short = [d for d in logs if len(d.questions) <= max_turns]
+    counts = iter(token_counts(tokenizer, [t for d in short for t in (*d.questions, *d.answers, d.chosen)]))
+    reasons = []
+    for d in logs:
+        H = len(d.questions)
+        if H > max_turns:
+            reasons.append(f"more than {max_turns} turns")
+            continue
+        questions, answers = [next(counts) for _ in range(H)], [next(counts) for _ in range(H)]
+        question_cap, answer_cap = caps or ULTRAINTERACT_CAPS[min(H, 5)]
+        over = max(n + (more if h else first) for h, n in enumerate(questions)) > question_cap
+        reasons.append("question too long" if over else "answer too long" if max(answers) > answer_cap else None)
+    return reasons
+
+
+def token_counts(tokenizer, texts):
+    return [len(ids) for start in range(0, len(texts), 4096) for ids in tokenizer(
+        texts[start : start + 4096], add_special_tokens=False, split_special_tokens=True)["input_ids"]]  # fmt: skip
+
+
+def replay(tokenizer, log):
+    """A logged conversation as the policy would see it, with the canonical ids of its answers: (the conversation with
+    the chosen last answer, the same with the rejected one)."""
+    end = end_token(tokenizer)
+    first = Dialogue.start(tokenizer, log.questions[0], list(log.questions[1:]))
+    for answer, question in zip(log.answers, log.questions[1:]):
+        first.add_answer(tokenizer, encode(tokenizer, "", answer) + [end]).add_user(tokenizer, question)
+    second = first.reset(len(log.questions))
+    return tuple(d.add_answer(tokenizer, encode(tokenizer, "", text) + [end])
+                 for d, text in ((first, log.chosen), (second, log.rejected)))  # fmt: skip
+
+
+def read_rows(name):
+    """All rows of a data set: a parquet, json or jsonl file, a folder of them or of save_to_disk, or a hub id."""
+    if not importlib.util.find_spec("datasets"):
+        raise BadInput(f"--dataset {name} needs the package datasets (pip install -r requirements.txt)")
+    import datasets
+    import pyarrow
+
+    path = DATASETS.get(name, name)
+    saved = any(os.path.exists(os.path.join(path, file)) for file in ("dataset_info.json", "dataset_dict.json"))
+    files = [path] if os.path.isfile(path) else sorted(file for kind in ("parquet", "json*") for file in glob.glob(
+        os.path.join(glob.escape(path), "**", f"*.{kind}"), recursive=True))  # fmt: skip
+    if not saved and not files and (os.path.isdir(path) or path.count("/") != 1 or path[0] in "./~"):
+        raise BadInput(f"--dataset {name}: no parquet, json or jsonl file there, and no hub id")
+    datasets.disable_progress_bars()
+    try:
+        if saved:
+            parts = datasets.load_from_disk(path)
+        elif files:
+            tables = [file for file in files if file.endswith(".parquet")]  # json beside them describes them
+            parts = datasets.load_dataset("parquet" if tables else "json", data_files=tables or files)
+        else:
+            parts = datasets.load_dataset(path)
+        rows = datasets.concatenate_datasets(list(parts.values())) if isinstance(parts, dict) else parts
+    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, TypeError,
+            StopIteration) as error:  # fmt: skip
+        why = " ".join(f"{type(error).__name__} {error}".split())[:200]  # StopIteration is what an empty file gives
+        raise BadInput(f"--dataset {name} cannot be read: {why}") from None
+    missing = {"chosen", "rejected"} - set(rows.column_names)
+    if missing:
+        raise BadInput(f"--dataset {name} has no column {' and no column '.join(sorted(missing))}")
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -488,17 +1062,26 @@ def stop_tokens(path, tokenizer):
     return list(dict.fromkeys(i for i in stop if i is not None))
 
 
-def read_weights(path):
-    """(name, tensor) of every weight of a checkpoint folder, one at a time; safetensors only, never a pickle."""
+def read_weights(path, prefixes=("",)):
+    """(name, tensor) of every weight of a checkpoint folder whose name begins so, one at a time; safetensors only,
+    never a pickle."""
     from safetensors import safe_open
 
     tied = read_json(os.path.join(path, "config.json")).get("tie_word_embeddings")
     for file in weight_files(path):
         with safe_open(file, "pt") as weights:
-            for name in weights.keys():
+            for name in filter(lambda name: name.startswith(prefixes), weights.keys()):
                 yield name, weights.get_tensor(name)
                 if tied and name == "model.embed_tokens.weight":
                     yield "lm_head.weight", weights.get_tensor(name)  # vLLM keeps its old head unless it is named
+
+
+def weight_names(path):
+    from safetensors import safe_open
+
+    for file in weight_files(path):
+        with safe_open(file, "pt") as weights:
+            yield from weights.keys()
 
 
 def weight_files(path):

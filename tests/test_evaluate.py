@@ -432,7 +432,7 @@ def talker(tokenizers, tmp_path):
 
 def test_a_local_checkpoint_judges_and_its_babble_is_unparsable(talker, cfg, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "ANSWER_TOKENS", 8)
-    local = evaluate.Checkpoint(talker, replace(cfg, max_length=1024))
+    local = evaluate.local_judge(talker, replace(cfg, max_length=1024))
     judge = LLMJudge(local, "local", str(tmp_path / "verdicts"))
     assert judge(A, B).tolist() == [0.5] * 4 and judge.counts["unparsable"] == 6
     replies = judge.kept()
