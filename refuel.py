@@ -242,9 +242,11 @@ def train(cfg, speakers=None, prompts_of=simulator.train_prompts, collect=collec
     engine, user, reward), which live on: an engine is started once."""
     start = latest_policy(cfg)
     model = load_policy(start, cfg)
-    speakers = speakers or load_speakers(start, cfg)
+    if speakers:
+        speakers[0].update(simulator.read_weights(start))
+    else:
+        speakers = load_speakers(start, cfg)
     policy, user, reward = speakers
-    policy.update(simulator.read_weights(start))
     for t in range(1, cfg.iterations + 1):
         folder = os.path.join(cfg.out, f"iter_{t}")
         if os.path.isdir(os.path.join(folder, "policy")):
@@ -687,7 +689,6 @@ def remembered_logps(folder, model, pairs, cfg):
     # how far the engine that sampled is from the weights that are trained: 1e-5 in float32; stale weights show here
     gaps = [abs(d.logps[p.h - 1] - logp) / max(1, len(y)) for p in pairs
             for d, logp, y in zip(p.dialogues, p.logps, (p.y, p.y2))]  # fmt: skip
-    barrier()
     if rank() == 0:
         if math.isfinite(np.mean(gaps)):  # responses of a data set have no engine
             print(f"engine and trainer differ by {np.mean(gaps):.1e} nats a token", flush=True)

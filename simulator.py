@@ -187,7 +187,6 @@ def encode(tokenizer, before, text="", after=""):
     whole = functools.partial(tokenizer.encode, add_special_tokens=False)
     if not any(str(token) in text for token in tokenizer.added_tokens_decoder.values()):
         return whole(before + text + after)
-    # as text: encoded with the control tokens' strings broken open, then without a special id among the pieces
     return whole(before) + encode_plain(tokenizer, text) + whole(after)
 
 
