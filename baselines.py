@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import data
 import evaluate
 import simulator
 from refuel import from_the_start, refuel_loss, sample_resets
@@ -117,7 +118,7 @@ ROLL_INS = {
 def train(method, cfg, speakers=None):
     """refuel.train with the row's prompts, roll-in and loss."""
     row = METHODS[method]
-    prompts_of = simulator.train_prompts if row.prefix == "online" else simulator.offline_prompts
+    prompts_of = data.train_prompts if row.prefix == "online" else data.offline_prompts
     collect = collect_offline if row.responses == "offline" else partial(
         refuel.collect, roll_in=ROLL_INS[row.prefix, row.turn])  # fmt: skip
     return refuel.train(cfg, speakers, prompts_of, collect, row.loss)
@@ -306,16 +307,16 @@ def search(methods, cfg):
         for lr, eta in points_of():
             out = os.path.join(cfg.out, method, f"lr_{lr}_eta_{eta}")
             own = refuel.replace(cfg, out=out, lr=lr, eta=eta, iterations=1)
-            data = os.path.join(cfg.out, "pairs", method.split("-", 1)[-1])  # lt-mixed of rebel-lt-mixed
+            shared = os.path.join(cfg.out, "pairs", method.split("-", 1)[-1])  # lt-mixed of rebel-lt-mixed
             refuel.open_run(own)
-            if rank() == 0 and os.path.isdir(data):
-                shutil.copytree(data, os.path.join(out, "iter_1"), dirs_exist_ok=True)
+            if rank() == 0 and os.path.isdir(shared):
+                shutil.copytree(shared, os.path.join(out, "iter_1"), dirs_exist_ok=True)
             barrier()
             speakers = train(method, own, speakers)
-            if rank() == 0 and not os.path.isdir(data):
-                os.makedirs(data)
+            if rank() == 0 and not os.path.isdir(shared):
+                os.makedirs(shared)
                 for name in ("pairs.jsonl", "logps.jsonl"):
-                    shutil.copy(os.path.join(out, "iter_1", name), data)
+                    shutil.copy(os.path.join(out, "iter_1", name), shared)
             places[f"{method}.{lr}.{eta}"] = os.path.join(out, "iter_1", "policy")
     results, _ = evaluate.evaluate(places, cfg.out, *speakers, cfg, kl=False)
     for method in methods:

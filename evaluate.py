@@ -25,9 +25,11 @@ from dataclasses import replace
 import numpy as np
 from tqdm import tqdm
 
+import data
+import rewards
 import simulator
-from simulator import (FAILURES, BadInput, Dialogue, Local, Server, barrier, in_waves, rank, read_weights, test_prompts,
-                       world, write_file)  # fmt: skip
+from simulator import (FAILURES, BadInput, Dialogue, Local, Server, barrier, in_waves, rank, read_weights, world,
+                       write_file)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------
 # Win rate per turn
@@ -335,8 +337,8 @@ PLAYED_WITH = ("setting", "user", "user_model", "user_temperature", "user_tokens
 @functools.lru_cache
 def digest(file, size, changed):
     """A file's hash, computed once for each state of the file."""
-    with open(file, "rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def fingerprint(path):
@@ -402,7 +404,7 @@ def evaluate(policies, folder, policy, user, reward, cfg, judge=None, kl=True):
 
     Returns (results, {name: dialogues}). Openings on which any policy's dialogue failed are left out for all. The file
     is written after each row: a judge that dies costs no finished one. judge: by the reward, unless one is given."""
-    prompts = test_prompts(cfg, policy.tokenizer)
+    prompts = data.test_prompts(cfg, policy.tokenizer)
     paths = {"base": cfg.reference, **policies}
     claim(folder, paths, cfg)
     played = {}
@@ -574,10 +576,10 @@ def main(argv=None):
         refuel.start_processes()
         policies = named(policies)
         cfg = replace(cfg, reference=simulator.prepare_checkpoint(cfg.reference))
-        test_prompts(cfg, simulator.load_tokenizer(cfg.reference))
-        simulator.check_user(cfg), simulator.check_reward(cfg)
+        data.test_prompts(cfg, simulator.load_tokenizer(cfg.reference))
+        simulator.check_user(cfg), rewards.check_reward(cfg)
         claim(cfg.out, {"base": cfg.reference, **policies}, cfg)
-        user, reward = simulator.load_user(cfg), simulator.load_reward(cfg)
+        user, reward = simulator.load_user(cfg), rewards.load_reward(cfg)
         judge = load_judge(judge, judge_model, reward, cfg)
         policy = simulator.load_engine(cfg.reference, cfg)
         results, played = evaluate(policies, cfg.out, policy, user, reward, cfg, judge)

@@ -36,6 +36,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import data
+import rewards
 import simulator
 from simulator import BadInput, Dialogue, barrier, in_waves, rank, rollout, world
 
@@ -235,7 +237,7 @@ def regress(model, optimizer, pairs, cfg, loss_fn=refuel_loss, first_step=0, aft
     return metrics
 
 
-def train(cfg, speakers=None, prompts_of=simulator.train_prompts, collect=collect, loss_fn=refuel_loss):
+def train(cfg, speakers=None, prompts_of=data.train_prompts, collect=collect, loss_fn=refuel_loss):
     """Lines 1 to 5: T times collect and regress. A finished stage is read from the run's folder, not done again.
 
     The baselines are this loop with other prompts, another collect, another loss. Returns the speakers (policy's
@@ -265,7 +267,7 @@ def train(cfg, speakers=None, prompts_of=simulator.train_prompts, collect=collec
 
 
 def load_speakers(path, cfg):
-    return simulator.load_engine(path, cfg), simulator.load_user(cfg), simulator.load_reward(cfg)
+    return simulator.load_engine(path, cfg), simulator.load_user(cfg), rewards.load_reward(cfg)
 
 
 def batches(n, cfg):
@@ -762,9 +764,9 @@ def prepare(cfg):
     for name in ("policy", "reference"):
         cfg = replace(cfg, **{name: simulator.prepare_checkpoint(getattr(cfg, name))})
     tokenizer = simulator.load_tokenizer(cfg.policy)
-    simulator.train_prompts(cfg, tokenizer, 1)
-    simulator.test_prompts(cfg, tokenizer)
-    simulator.check_user(cfg), simulator.check_reward(cfg), simulator.reach_user(cfg)
+    data.train_prompts(cfg, tokenizer, 1)
+    data.test_prompts(cfg, tokenizer)
+    simulator.check_user(cfg), rewards.check_reward(cfg), simulator.reach_user(cfg)
     path = os.path.join(cfg.out, "config.json")
     if os.path.exists(path):
         old, new = simulator.read_json(path), asdict(cfg)
@@ -787,8 +789,8 @@ def open_run(cfg):
 def log_data(cfg):
     """The first line of metrics.jsonl: what the data set gave and what was dropped of it, by reason."""
     if rank() == 0 and cfg.dataset != "toy" and not os.path.exists(os.path.join(cfg.out, "metrics.jsonl")):
-        data = simulator.load_data(*simulator.data_key(cfg, simulator.load_tokenizer(cfg.policy)))
-        counts = {"train": len(data.train), "test": len(data.test), "logged": len(data.logs), "dropped": data.dropped}
+        found = data.load_data(*data.data_key(cfg, simulator.load_tokenizer(cfg.policy)))
+        counts = {"train": len(found.train), "test": len(found.test), "logged": len(found.logs), "dropped": found.dropped}
         log(cfg, {"iteration": 0, "phase": "data"} | counts)
 
 

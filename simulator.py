@@ -1,4 +1,4 @@
-"""A dialogue and who speaks next: roll-out, reset, the engines, the users, the reward models (sections 2 and 4.2).
+"""A dialogue and who speaks next: roll-out, reset, the engines, the users (sections 2 and 4.2).
 
     python simulator.py --setting toy --policy runs/toy/iter_2/policy --show 3      look at dialogues and resets
 
@@ -17,14 +17,12 @@ import importlib.util
 import json
 import math
 import os
-import random
 import re
 import shutil
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -505,8 +503,7 @@ class Local:
 # ---------------------------------------------------------------------------------------------------------------
 # Users: who speaks at x_{h+1}
 # ---------------------------------------------------------------------------------------------------------------
-# A user has reply(dialogues) -> [text or None], a reward model is reward(dialogues) -> [float, or None where it does
-# not fit]; both see whole batches.
+# A user has reply(dialogues) -> [text or None], and sees whole batches.
 
 # Appendix C.2 in the paper's wording; the line breaks and the speakers' marks, lost there, are the released code's.
 USER_PROMPT = """Below is a dialogue between the user and the assistant. Pretend you are the user in this conversation. \
@@ -622,386 +619,6 @@ def check_failures(failed, dialogues, cfg):
     if failed > math.ceil(cfg.max_failures * dialogues):
         raise BadInput(f"--user {cfg.user} failed in {failed} of {dialogues} dialogues; --max-failures is "
                        f"{cfg.max_failures:g} (finished waves are kept: run the same command again to go on)")  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Reward models: r(s_{H+1})
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def conversation_ids(tokenizer, messages):
-    """A finished conversation as the reward model's own chat template renders it, with the BOS that the template writes
-    and no other. The strings of control tokens inside a text stay text: an answer that spells out an end token must
-    not move the place where a score is read."""
-    names, held, shown = [str(token) for token in tokenizer.added_tokens_decoder.values()], {}, []
-    for i, m in enumerate(messages):
-        if any(name in m["content"] for name in names):
-            held[f"\ue000{i}\ue000"] = m["content"].strip()
-            m = m | {"content": f"\ue000{i}\ue000"}
-        shown.append(m)
-    pieces = re.split("(\ue000\\d+\ue000)", tokenizer.apply_chat_template(shown, tokenize=False))
-    encoded = (encode_plain(tokenizer, held[p]) if p in held else encode(tokenizer, p) for p in pieces if p)
-    return [i for piece in encoded for i in piece]
-
-
-class RewardModel:
-    """A reward model on a causal body: raw scores, read in float32 at the last real token.
-
-    Batches are sorted by length, bounded in tokens and padded on the right, which no real token can see. A conversation
-    of more than max_length tokens gets None; it is never cut, since a torn one would be scored as if it were whole."""
-
-    def __init__(self, path, max_length, tokens=16384):
-        import torch
-        from transformers import AutoTokenizer
-
-        self.tokenizer, self.tokens = AutoTokenizer.from_pretrained(path), tokens
-        if not self.tokenizer.chat_template:
-            raise BadInput(f"--reward {path} has no chat template")
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
-        self.load(path, torch.bfloat16 if cuda else torch.float32)
-        self.max_length = min(max_length, self.body.config.max_position_embeddings)
-
-    def fits(self, ids):
-        return len(ids) <= self.max_length
-
-    def fits_dialogue(self, dialogue):
-        return self.fits(conversation_ids(self.tokenizer, dialogue.messages))
-
-    def __call__(self, dialogues):
-        rows = [conversation_ids(self.tokenizer, d.messages) for d in dialogues]
-        scores, order = [None] * len(rows), sorted((i for i, ids in enumerate(rows) if self.fits(ids)),
-                                                   key=lambda i: len(rows[i]))  # fmt: skip
-        while order:  # the longest first: a batch that does not fit the device fails at once
-            n = max(1, self.tokens // len(rows[order[-1]]))
-            batch, order = order[-n:], order[:-n]
-            for i, score in zip(batch, self.score([rows[i] for i in batch])):
-                scores[i] = score
-        return scores
-
-    def score(self, rows):
-        import torch
-
-        T = len(rows[-1])
-        ids_BT = torch.tensor([ids + [0] * (T - len(ids)) for ids in rows], device=self.device)
-        mask_BT = torch.tensor([[1] * len(ids) + [0] * (T - len(ids)) for ids in rows], device=self.device)
-        with torch.no_grad():
-            hidden_BTD = self.body(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
-            return self.head(rows, hidden_BTD).tolist()
-
-
-def at(hidden_BTD, positions):
-    """One token's hidden state of each row: (B, D) float32."""
-    import torch
-
-    return hidden_BTD[torch.arange(len(positions)), torch.tensor(positions)].float()
-
-
-class SequenceReward(RewardModel):
-    """A sequence classifier with one label, such as FsfairX (setting two)."""
-
-    def load(self, path, dtype):
-        from transformers import AutoModelForSequenceClassification
-
-        model, info = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, output_loading_info=True)
-        if info["missing_keys"] or model.config.num_labels != 1 or not hasattr(model, "score"):
-            raise BadInput(f"--reward {path} is not a sequence classifier with one label and a trained head")
-        self.body = model.base_model.to(self.device).eval()
-        self.weight_1D = model.score.weight.detach().float().to(self.device)
-
-    def head(self, rows, hidden_BTD):
-        return (at(hidden_BTD, [len(ids) - 1 for ids in rows]) @ self.weight_1D.T)[:, 0]
-
-
-class ArmoRM(RewardModel):
-    """ArmoRM-Llama3-8B (setting one): 19 objectives read at the last token, mixed by a gate that is read where the last
-    answer begins; score = sum over objectives of gate * (rewards @ transform).
-
-    Its head is read from the safetensors by name and computed in float32: in bfloat16 scores between 1/8 and 1/4 come
-    in steps of 0.001, which eta = 1000 turns into whole nats. Its remote code is never run."""
-
-    # <|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n; the gate is read at the first of these five, the end
-    # of the last question, so that it knows the question and not the answer
-    PATTERN = [128009, 128006, 78191, 128007, 271]
-
-    def load(self, path, dtype):
-        from transformers import LlamaModel
-
-        self.body, info = LlamaModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
-        if info["missing_keys"]:
-            raise BadInput(f"--reward {path} lacks {len(info['missing_keys'])} weights of its Llama")
-        self.body = self.body.to(self.device).eval()
-        head = ("regression_layer.", "gating.", "reward_transform_matrix")
-        self.weights = {k: v.float().to(self.device) for k, v in read_weights(path, head)}
-        self.temperature = read_json(os.path.join(path, "config.json")).get("gating_temperature", 10)
-
-    def fits(self, ids):
-        return super().fits(ids) and self.gate_position(ids) is not None
-
-    def gate_position(self, ids):
-        n = len(self.PATTERN)
-        return next((i for i in range(len(ids) - n, -1, -1) if ids[i : i + n] == self.PATTERN), None)
-
-    def gate(self, x_BD):
-        from torch.nn.functional import linear, relu
-
-        layers = sorted({int(name.split(".")[2]) for name in self.weights if name.startswith("gating.layers.")})
-        for layer in layers:
-            weight, bias = (self.weights.get(f"gating.layers.{layer}.{kind}") for kind in ("weight", "bias"))
-            x_BD = linear(x_BD if layer == 0 else relu(x_BD), weight, bias)
-        return (x_BD / self.temperature).softmax(-1) * self.weights["gating.logit_scale"]   # (B, objectives)
-
-    def head(self, rows, hidden_BTD):
-        gate_BO = self.gate(at(hidden_BTD, [self.gate_position(ids) for ids in rows]))
-        rewards_BO = at(hidden_BTD, [len(ids) - 1 for ids in rows]) @ self.weights["regression_layer.weight"].T
-        return (gate_BO * (rewards_BO @ self.weights["reward_transform_matrix"])).sum(-1)
-
-
-def check_reward(cfg):
-    """The class and folder that --reward names, before a model is loaded; (None, None) for the toy's."""
-    if cfg.reward == "toy":
-        return None, None
-    path = find_checkpoint(cfg.reward)
-    names = set(weight_names(path))
-    if {"regression_layer.weight", "reward_transform_matrix", "gating.layers.0.weight", "gating.logit_scale"} <= names:
-        return ArmoRM, path
-    architectures = read_json(os.path.join(path, "config.json")).get("architectures") or ()
-    if any("SequenceClassification" in name for name in architectures):
-        return SequenceReward, path
-    raise BadInput(f"--reward {cfg.reward} is neither ArmoRM nor a sequence classifier")
-
-
-def load_reward(cfg):
-    """The reward model that --reward names: `toy`, or a checkpoint whose files say what it is."""
-    kind, path = check_reward(cfg)
-    if kind:
-        return kind(path, cfg.reward_tokens)
-    import toy
-
-    return toy.Reward()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Prompts and logged dialogues
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def train_prompts(cfg, tokenizer, t):
-    """The dialogues at s_1 of iteration t: cfg.num_prompts of the training split, drawn without replacement."""
-    pool = load_split(cfg, "train", tokenizer)
-    if cfg.num_prompts > len(pool):
-        raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(pool)} training prompts")
-    rows = random.Random(seed_for(cfg.seed, "prompts", t)).sample(range(len(pool)), cfg.num_prompts)
-    return [Dialogue.start(tokenizer, pool[i].text, pool[i].secret) for i in rows]
-
-
-def offline_prompts(cfg, tokenizer, t):
-    """The same for the baselines that roll in by the data: finished dialogues, each with a second last answer."""
-    import toy
-
-    logs = range(toy.POOL["train"]) if cfg.dataset == "toy" else load_data(*data_key(cfg, tokenizer)).logs
-    if cfg.num_prompts > len(logs):
-        raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(logs)} dialogues")
-    rows = random.Random(seed_for(cfg.seed, "offline", t)).sample(range(len(logs)), cfg.num_prompts)
-    if cfg.dataset == "toy":
-        return toy.offline_dialogues(tokenizer, rows)
-    return [replay(tokenizer, logs[i]) for i in rows]
-
-
-def test_prompts(cfg, tokenizer):
-    """The openings that every policy is evaluated from; the streams make users and noise common to all of them."""
-    pool = load_split(cfg, "test", tokenizer)
-    if cfg.eval_dialogues > len(pool):
-        raise BadInput(f"--eval-dialogues {cfg.eval_dialogues}: {cfg.dataset} has only {len(pool)} test prompts")
-    return [Dialogue.start(tokenizer, p.text, p.secret, (cfg.seed, "test", i))
-            for i, p in enumerate(pool[: cfg.eval_dialogues])]  # fmt: skip
-
-
-def load_split(cfg, split, tokenizer):
-    """The split's prompts: the toy's customers, or the first prompts of a data set of conversations."""
-    if cfg.dataset == "toy":
-        import toy
-
-        return toy.load_prompts(split)
-    return getattr(load_data(*data_key(cfg, tokenizer)), split)
-
-
-DATASETS = {"ultrainteract": "openbmb/UltraInteract_pair", "hh": "Anthropic/hh-rlhf"}
-HELD_OUT = 1000  # first prompts: Table 3's 500 for tests and 500 for validation; a fifth of a set with fewer than 5,000
-# Setting two, tokens of (a question with its header, an answer): appendix C.4 for HH, Table 5 by the number of turns
-HH_CAPS = (128, 512)
-ULTRAINTERACT_CAPS = {1: (1024, 1024), 2: (768, 768), 3: (512, 512), 4: (256, 512), 5: (128, 512)}
-
-
-class Logged(NamedTuple):
-    """A conversation of a data set: x_1..x_H, y_1..y_{H-1}, and the two answers to x_H."""
-
-    questions: tuple
-    answers: tuple
-    chosen: str
-    rejected: str | None  # None where the data's second conversation has another history
-
-
-class Data(NamedTuple):
-    train: list  # prompts
-    test: list
-    logs: list  # conversations that begin with a training prompt, for the baselines that roll in by the data
-    dropped: Counter  # rows by reason
-
-
-def data_key(cfg, tokenizer):
-    """What a split depends on, so that one process reads a data set once."""
-    longest = min(cfg.max_dialogue, cfg.max_length - cfg.max_new_tokens)
-    return cfg.dataset, tokenizer.name_or_path, cfg.user == "dataset", cfg.max_turns, longest
-
-
-@functools.lru_cache(maxsize=4)
-def load_data(name, tokenizer_path, fixed, max_turns, longest):
-    """Prompts and logs of UltraInteract_pair, Anthropic-HH or a set of their form; what is dropped is counted.
-
-    fixed: the questions to come are the data's own (setting two); then a prompt is a whole list of questions, with the
-    caps of that setting. Else it is a first prompt of at most `longest` tokens. Prompts are de-duplicated, and those
-    with one first prompt are on one side of the split. The split depends on the texts alone, neither on the order of
-    the rows nor on any length or tokenizer, so that no other flag can bring a training prompt into the test. (The
-    released code splits rows, without a seed, and shares first prompts between training and test.)"""
-    rows, tokenizer, dropped = read_rows(name), load_tokenizer(tokenizer_path), Counter()
-    logs, seen = [], {}
-    for row in rows:
-        log = logged(row)
-        if isinstance(log, str):
-            dropped[log] += 1
-            continue
-        logs.append(log)
-        key = log.questions if fixed else log.questions[0]
-        dropped.update(["duplicate"] * (key in seen))
-        seen.setdefault(key, log)
-    caps = HH_CAPS if "trajectory" not in rows.column_names else None
-    prompts = {}  # by first prompt
-    for log, why in zip(seen.values(), too_long(tokenizer, list(seen.values()), fixed, max_turns, longest, caps)):
-        if why:
-            dropped[why] += 1
-        else:
-            secret = list(log.questions[1:]) if fixed else None
-            prompts.setdefault(log.questions[0], []).append(Prompt(log.questions[0], secret))
-    order = sorted({log.questions[0] for log in logs}, key=lambda text: seed_for("split", text))
-    cut = min(HELD_OUT, len(order) // 5)
-    test, train = ([p for x in part for p in prompts.get(x, ())] for part in (order[:cut], order[cut:]))
-    sizes = f"{name}: {len(rows)} rows, {len(train)} training and {len(test)} test prompts; dropped: {dict(dropped)}"
-    if not (train and test):
-        raise BadInput(f"--dataset {sizes}")
-    if rank() == 0:
-        print(sizes, flush=True)
-    first = set(order[cut:])
-    kept = [log for log in logs if log.questions[0] in first and log.rejected and len(log.questions) <= max_turns]
-    return Data(train, test, kept, dropped)
-
-
-def logged(row):
-    """A row as Logged, or the reason why it is none."""
-    try:
-        if "trajectory" in row:
-            history, chosen, rejected = turns_of(row["trajectory"]), row["chosen"], row["rejected"]
-        else:
-            *history, (role, chosen) = turns_of(row["chosen"])
-            *other, (other_role, rejected) = turns_of(row["rejected"])
-            rejected = rejected if other == history else None
-            if not role == other_role == "assistant":
-                return "roles do not alternate"
-    except (ValueError, TypeError, KeyError):
-        return "malformed"
-    roles = ["user", *["assistant", "user"] * (len(history) // 2)]  # of an odd number of turns
-    if [role for role, _ in history] != roles:
-        return "roles do not alternate"
-    try:
-        texts = [checked(text) for _, text in history]
-        return Logged(tuple(texts[::2]), tuple(texts[1::2]), checked(chosen), rejected and checked(rejected))
-    except BadInput:
-        return "an empty turn"
-
-
-def turns_of(value):
-    """[(role, text)] of a list of messages, or of a text with the marks of Anthropic-HH."""
-    if isinstance(value, str):
-        before, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + value.lstrip())
-        if before.strip():
-            raise ValueError("a text that does not begin with a speaker")
-        pairs = list(zip(parts[::2], parts[1::2]))
-    else:
-        pairs = [(m["from"], m["value"]) if "from" in m else (m["role"], m["content"]) for m in value]
-    names = {"Human": "user", "human": "user", "Assistant": "assistant", "gpt": "assistant"}
-    return [(names.get(role, role), text) for role, text in pairs]
-
-
-def too_long(tokenizer, logs, fixed, max_turns, longest, caps):
-    """For each conversation the reason why it cannot be a prompt, or None."""
-    before, after, between, later = template_pieces(tokenizer)
-    first, more = len(encode(tokenizer, before + after)), len(encode(tokenizer, between + later))
-    if not fixed:
-        counts = token_counts(tokenizer, [d.questions[0] for d in logs])
-        return ["prompt too long" if first + n > longest else None for n in counts]
-    short = [d for d in logs if len(d.questions) <= max_turns]
-    counts = iter(token_counts(tokenizer, [t for d in short for t in (*d.questions, *d.answers, d.chosen)]))
-    reasons = []
-    for d in logs:
-        H = len(d.questions)
-        if H > max_turns:
-            reasons.append(f"more than {max_turns} turns")
-            continue
-        questions, answers = [next(counts) for _ in range(H)], [next(counts) for _ in range(H)]
-        question_cap, answer_cap = caps or ULTRAINTERACT_CAPS[min(H, 5)]
-        over = max(n + (more if h else first) for h, n in enumerate(questions)) > question_cap
-        reasons.append("question too long" if over else "answer too long" if max(answers) > answer_cap else None)
-    return reasons
-
-
-def token_counts(tokenizer, texts):
-    return [len(ids) for start in range(0, len(texts), 4096) for ids in tokenizer(
-        texts[start : start + 4096], add_special_tokens=False, split_special_tokens=True)["input_ids"]]  # fmt: skip
-
-
-def replay(tokenizer, log):
-    """A logged conversation as the policy would see it, with the canonical ids of its answers: (the conversation with
-    the chosen last answer, the same with the rejected one)."""
-    end = end_token(tokenizer)
-    first = Dialogue.start(tokenizer, log.questions[0], list(log.questions[1:]))
-    for answer, question in zip(log.answers, log.questions[1:]):
-        first.add_answer(tokenizer, encode(tokenizer, "", answer) + [end]).add_user(tokenizer, question)
-    second = first.reset(len(log.questions))
-    return tuple(d.add_answer(tokenizer, encode(tokenizer, "", text) + [end])
-                 for d, text in ((first, log.chosen), (second, log.rejected)))  # fmt: skip
-
-
-def read_rows(name):
-    """All rows of a data set: a parquet, json or jsonl file, a folder of them or of save_to_disk, or a hub id."""
-    if not importlib.util.find_spec("datasets"):
-        raise BadInput(f"--dataset {name} needs the package datasets (pip install -r requirements.txt)")
-    import datasets
-    import pyarrow
-
-    path = DATASETS.get(name, name)
-    saved = any(os.path.exists(os.path.join(path, file)) for file in ("dataset_info.json", "dataset_dict.json"))
-    files = [path] if os.path.isfile(path) else sorted(file for kind in ("parquet", "json*") for file in glob.glob(
-        os.path.join(glob.escape(path), "**", f"*.{kind}"), recursive=True))  # fmt: skip
-    if not saved and not files and (os.path.isdir(path) or path.count("/") != 1 or path[0] in "./~"):
-        raise BadInput(f"--dataset {name}: no parquet, json or jsonl file there, and no hub id")
-    datasets.disable_progress_bars()
-    try:
-        if saved:
-            parts = datasets.load_from_disk(path)
-        elif files:
-            tables = [file for file in files if file.endswith(".parquet")]  # json beside them describes them
-            parts = datasets.load_dataset("parquet" if tables else "json", data_files=tables or files)
-        else:
-            parts = datasets.load_dataset(path)
-        rows = datasets.concatenate_datasets(list(parts.values())) if isinstance(parts, dict) else parts
-    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, TypeError,
-            StopIteration) as error:  # fmt: skip
-        why = " ".join(f"{type(error).__name__} {error}".split())[:200]  # StopIteration is what an empty file gives
-        raise BadInput(f"--dataset {name} cannot be read: {why}") from None
-    missing = {"chosen", "rejected"} - set(rows.column_names)
-    if missing:
-        raise BadInput(f"--dataset {name} has no column {' and no column '.join(sorted(missing))}")
-    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1192,6 +809,7 @@ def show(pair, tokenizer):
 def main():
     import sys
 
+    import data
     import refuel
 
     try:
@@ -1200,7 +818,7 @@ def main():
         cfg = refuel.replace(cfg, policy=prepare_checkpoint(cfg.policy), num_prompts=4 * extra["show"])
         policy, user, reward = refuel.load_speakers(cfg.policy, cfg)
         rng = refuel.np.random.default_rng(cfg.seed)
-        pairs = refuel.collect(train_prompts(cfg, policy.tokenizer, 0), policy, user, reward, cfg, rng)
+        pairs = refuel.collect(data.train_prompts(cfg, policy.tokenizer, 0), policy, user, reward, cfg, rng)
         print("\n\n".join(show(pair, policy.tokenizer) for pair in pairs[: extra["show"]]))
     except BadInput as error:
         print(f"simulator.py: {error}", file=sys.stderr)

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import evaluate
 import refuel
+import rewards
 import simulator
 from conftest import ROOT
 from evaluate import LLMJudge, Server, by_reward, dialogue_logps, length_controlled, vote, win_rate
@@ -640,7 +642,7 @@ def test_dialogues_of_another_checkpoint_or_configuration_are_never_reused(train
 
 def test_a_judge_that_dies_loses_no_finished_row(trained, base, cfg, tmp_path):
     cfg = replace(cfg, max_turns=2, eval_dialogues=6)
-    speakers = simulator.load_engine(base, cfg), simulator.load_user(cfg), simulator.load_reward(cfg)
+    speakers = simulator.load_engine(base, cfg), simulator.load_user(cfg), rewards.load_reward(cfg)
     calls = []
 
     def dying(a, b):
@@ -664,11 +666,11 @@ def test_a_checkpoint_of_another_kind_gets_its_own_engine_and_no_kl(trained, bas
     config["rope_parameters"] = dict(rope_type="default", rope_theta=10.0)
     simulator.write_file(os.path.join(odd, "config.json"), json.dumps(config))
     cfg = replace(cfg, max_turns=2, eval_dialogues=6)
-    engine, user, reward = simulator.load_engine(base, cfg), simulator.load_user(cfg), simulator.load_reward(cfg)
+    engine, user, reward = simulator.load_engine(base, cfg), simulator.load_user(cfg), rewards.load_reward(cfg)
     results, played = evaluate.evaluate({"odd": odd, "same": base}, str(tmp_path), engine, user, reward, cfg)
     assert "kl" not in results["odd"] and results["same"]["kl"] == 0
     own = simulator.load_engine(odd, cfg)
-    alone = simulator.rollout(simulator.test_prompts(cfg, own.tokenizer), own, user, [2] * 6)
+    alone = simulator.rollout(data.test_prompts(cfg, own.tokenizer), own, user, [2] * 6)
     assert [d.ids for d in played["odd"]] == [d.ids for d in alone] != [d.ids for d in played["base"]]
     assert [d.ids for d in played["same"]] == [d.ids for d in played["base"]]
     assert "| odd |" in evaluate.table(results)

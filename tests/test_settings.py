@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+import data
 import evaluate
 import refuel
+import rewards
 import simulator
 from conftest import LLAMA3
 from simulator import BadInput, DataUser, Dialogue, LLMUser, next_question, rollout
@@ -106,7 +108,7 @@ def talks():
 
 @pytest.fixture
 def load(cfg):
-    return lambda path, **more: simulator.load_reward(replace(cfg, reward=path, reward_tokens=4096, **more))
+    return lambda path, **more: rewards.load_reward(replace(cfg, reward=path, reward_tokens=4096, **more))
 
 
 # --- the reward models -------------------------------------------------------------------------------------------
@@ -122,8 +124,8 @@ def test_the_tokenizer_of_these_tests_has_llama_3s_ids(llama3):
 def test_a_conversation_has_the_templates_ids_and_control_tokens_in_a_text_are_text(llama3):
     *plain, attack = (d.messages for d in talks())
     for messages in plain:
-        assert simulator.conversation_ids(llama3, messages) == llama3.apply_chat_template(messages, return_dict=False)
-    ids = simulator.conversation_ids(llama3, attack)
+        assert rewards.conversation_ids(llama3, messages) == llama3.apply_chat_template(messages, return_dict=False)
+    ids = rewards.conversation_ids(llama3, attack)
     assert [ids.count(i) for i in (128000, 128009, 128006)] == [1, 2, 2] and attack[1]["content"] in llama3.decode(ids)
 
 
@@ -149,8 +151,8 @@ def slow_armo(path, ids):
 
 def test_armorm_scores_as_its_formula_does_without_its_code(armo, load, llama3):
     reward = load(armo)
-    assert type(reward) is simulator.ArmoRM
-    expected = [slow_armo(armo, simulator.conversation_ids(llama3, d.messages)) for d in talks()]
+    assert type(reward) is rewards.ArmoRM
+    expected = [slow_armo(armo, rewards.conversation_ids(llama3, d.messages)) for d in talks()]
     assert torch.tensor(reward(talks())).allclose(torch.tensor(expected), atol=2e-4, rtol=1e-4)
     assert len({round(x, 2) for x in expected}) == len(expected)
 
@@ -159,10 +161,10 @@ def test_fsfairx_scores_as_a_classifier_of_one_conversation_padded_on_the_left(f
     from transformers import LlamaForSequenceClassification
 
     reward = load(fsfairx)
-    assert type(reward) is simulator.SequenceReward
+    assert type(reward) is rewards.SequenceReward
     model, expected = LlamaForSequenceClassification.from_pretrained(fsfairx).eval(), []
     for d in talks():
-        ids = simulator.conversation_ids(llama3, d.messages)
+        ids = rewards.conversation_ids(llama3, d.messages)
         pad = 7  # transformers reads the last position where no pad token is known
         positions = torch.tensor([[0] * pad + list(range(len(ids)))])
         with torch.no_grad():
@@ -349,8 +351,8 @@ def place(llama3, tmp_path, cfg):
         else:
             import datasets
 
-            data = datasets.Dataset.from_list(rows)
-            data.to_parquet(str(path)) if name.endswith("parquet") else data.save_to_disk(str(path))
+            table = datasets.Dataset.from_list(rows)
+            table.to_parquet(str(path)) if name.endswith("parquet") else table.save_to_disk(str(path))
         return replace(cfg, dataset=str(path), user=user, user_model="m", max_length=400, max_dialogue=300,
                        max_new_tokens=100, num_prompts=6, eval_dialogues=1, **more), tokenizer  # fmt: skip
 
@@ -365,31 +367,31 @@ BROKEN = [ultra("x", "y"), ultra(" "), ultra("x", chosen=""), ultra("x" * 300),
 @pytest.mark.parametrize("name", ["data.jsonl", "data.parquet", "saved"])
 def test_ultrainteract_is_grouped_by_first_prompt_and_what_is_dropped_is_counted(name, place, capsys):
     cfg, tokenizer = place(GOOD + BROKEN, name)
-    data = simulator.load_data(*simulator.data_key(cfg, tokenizer))
-    train, test = ({p.text for p in split} for split in (data.train, data.test))
-    assert len(train) == len(data.train) == 10 and len(test) == 2 and not train & test
-    assert {log.questions[0] for log in data.logs} - {"x" * 300} == train
-    assert data.dropped == {"duplicate": 8, "roles do not alternate": 2, "an empty turn": 2, "prompt too long": 1,
+    found = data.load_data(*data.data_key(cfg, tokenizer))
+    train, test = ({p.text for p in split} for split in (found.train, found.test))
+    assert len(train) == len(found.train) == 10 and len(test) == 2 and not train & test
+    assert {log.questions[0] for log in found.logs} - {"x" * 300} == train
+    assert found.dropped == {"duplicate": 8, "roles do not alternate": 2, "an empty turn": 2, "prompt too long": 1,
                             "malformed": 1}  # fmt: skip
     assert "duplicate" in capsys.readouterr().out
     reverse, _ = place([*BROKEN, *GOOD][::-1], f"reverse_{name}")
-    assert {p.text for p in simulator.load_split(reverse, "test", tokenizer)} == test
+    assert {p.text for p in data.load_split(reverse, "test", tokenizer)} == test
     short = replace(cfg, max_dialogue=23)  # other lengths, "question 10" is too long: who is held out stays held out
-    fewer = simulator.load_data(*simulator.data_key(short, tokenizer))
+    fewer = data.load_data(*data.data_key(short, tokenizer))
     assert fewer.dropped["prompt too long"] > 1 and not {p.text for p in fewer.train} & test
 
 
 def test_prompts_are_drawn_from_the_split_and_offline_dialogues_have_canonical_ids(place):
     cfg, tokenizer = place(GOOD)
-    prompts = simulator.train_prompts(cfg, tokenizer, 1)
+    prompts = data.train_prompts(cfg, tokenizer, 1)
     assert len({p.messages[0]["content"] for p in prompts}) == 6
-    for first, second in simulator.offline_prompts(cfg, tokenizer, 1):
+    for first, second in data.offline_prompts(cfg, tokenizer, 1):
         H = len(first.spans)
         assert first.ids == tokenizer.apply_chat_template(first.messages, return_dict=False)
         assert first.messages[:-1] == second.messages[:-1] and first.reset(H).ids == second.reset(H).ids
         assert (first.messages[-1]["content"], second.messages[-1]["content"]) == ("good", "bad") and H in (1, 2)
     with pytest.raises(BadInput, match="only 2 test prompts"):
-        simulator.test_prompts(replace(cfg, eval_dialogues=3), tokenizer)
+        data.test_prompts(replace(cfg, eval_dialogues=3), tokenizer)
 
 
 def hh(*texts, last="worse"):
@@ -401,14 +403,14 @@ def test_hh_is_read_as_text_or_messages_with_setting_twos_caps(place):
     rows = [hh(f"q {i}", "a", "then?", "b") for i in range(16)]
     bad = [hh("x" * 200, "a"), hh("q", "a" * 600), hh("q", "a", "x"), hh(*"abcdefgh" * 2), hh("q", "", "r", "b")]
     cfg, tokenizer = place(rows + bad, user="dataset")
-    data = simulator.load_data(*simulator.data_key(cfg, tokenizer))
-    assert all(p.secret == ["then?"] for p in data.train + data.test) and len(data.train + data.test) == 16
-    assert data.dropped == {"question too long": 1, "answer too long": 1, "roles do not alternate": 1,
+    found = data.load_data(*data.data_key(cfg, tokenizer))
+    assert all(p.secret == ["then?"] for p in found.train + found.test) and len(found.train + found.test) == 16
+    assert found.dropped == {"question too long": 1, "answer too long": 1, "roles do not alternate": 1,
                             "more than 5 turns": 1, "an empty turn": 1}  # fmt: skip
-    listed = [{k: [{"role": r, "content": t} for r, t in simulator.turns_of(v)] for k, v in row.items()} for row in rows]
+    listed = [{k: [{"role": r, "content": t} for r, t in data.turns_of(v)] for k, v in row.items()} for row in rows]
     other, _ = place(listed, "listed.jsonl", user="dataset")
-    assert simulator.load_split(other, "train", tokenizer) == data.train
-    prompts = simulator.train_prompts(replace(cfg, num_prompts=2), tokenizer, 1)
+    assert data.load_split(other, "train", tokenizer) == found.train
+    prompts = data.train_prompts(replace(cfg, num_prompts=2), tokenizer, 1)
     _, h, H = refuel.from_the_start(prompts, cfg, refuel.np.random.default_rng(0))
     assert H.tolist() == [2, 2] and (1 <= h).all() and (h <= 2).all()
 
@@ -423,7 +425,7 @@ def test_a_file_that_cannot_serve_is_one_line(content, word, place, tmp_path):
     cfg, tokenizer = place([])
     (tmp_path / "bad.jsonl").write_text(content)
     with pytest.raises(BadInput, match=word) as stop:
-        simulator.load_split(replace(cfg, dataset=str(tmp_path / "bad.jsonl")), "train", tokenizer)
+        data.load_split(replace(cfg, dataset=str(tmp_path / "bad.jsonl")), "train", tokenizer)
     assert "\n" not in str(stop.value)
 
 
@@ -454,13 +456,13 @@ def one(llama3, armo, tmp_path, monkeypatch):
     from transformers import LlamaForCausalLM
 
     monkeypatch.setenv("no_proxy", "*")
-    policy, data = str(tmp_path / "policy"), tmp_path / "data.jsonl"
+    policy, file = str(tmp_path / "policy"), tmp_path / "data.jsonl"
     torch.manual_seed(2)
     LlamaForCausalLM(llama_config(1)).save_pretrained(policy)
     llama3.save_pretrained(policy)
-    data.write_text("".join(json.dumps(row) + "\n" for row in GOOD + BROKEN))
+    file.write_text("".join(json.dumps(row) + "\n" for row in GOOD + BROKEN))
     server = Scripted(lambda prompt, n: "no idea" if n % 5 == 2 else "Justification: none\nQuestion: and then?")
-    flags = f"--setting one --policy {policy} --reference {policy} --reward {armo} --dataset {data} --user {server.url}"
+    flags = f"--setting one --policy {policy} --reference {policy} --reward {armo} --dataset {file} --user {server.url}"
     small = """--engine transformers --num-prompts 8 --wave 4 --batch-size 4 --iterations 1 --max-turns 3 --max-new-tokens 6
                --max-length 400 --max-dialogue 300 --eval-dialogues 2 --lr 1e-3"""
     yield [*flags.split(), *small.split(), "--out", str(tmp_path / "run")], server
@@ -471,10 +473,10 @@ def one(llama3, armo, tmp_path, monkeypatch):
 def test_setting_one_runs_from_its_command_to_its_results(one, tmp_path, llama3):
     flags, server = one
     refuel.main(flags)
-    data, collect, *steps, last = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    assert data["phase"] == "data" and data["dropped"]["duplicate"] == 8 and data["train"] == 10
+    first, collect, *steps, last = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert first["phase"] == "data" and first["dropped"]["duplicate"] == 8 and first["train"] == 10
     assert collect["pairs"] + sum(collect["dropped"].values()) == 8 and collect["pairs"] > 4 and last["loss"] > 0
-    reward = simulator.load_reward(refuel.read_config(flags))
+    reward = rewards.load_reward(refuel.read_config(flags))
     for row in simulator.read_lines(tmp_path / "run" / "iter_1" / "pairs.jsonl"):
         for d, score in zip(row.get("dialogues", ()), row.get("rewards", ())):
             assert reward([Dialogue(**d)])[0] == pytest.approx(score, abs=1e-4)

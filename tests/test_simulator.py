@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+import data
 import refuel
 import simulator
 import toy
@@ -337,6 +338,6 @@ def test_no_reader_ever_sees_half_a_file(tmp_path, monkeypatch):
 
 def test_prompts_are_drawn_without_replacement_and_anew_each_iteration(cfg):
     tokenizer = toy.make_tokenizer()
-    first, second = (simulator.train_prompts(cfg, tokenizer, t) for t in (1, 2))
+    first, second = (data.train_prompts(cfg, tokenizer, t) for t in (1, 2))
     assert [d.secret for d in first] != [d.secret for d in second] and len(first) == cfg.num_prompts
     assert isinstance(toy.load_prompts("test", 1)[0], Prompt) and refuel.Config is type(cfg)

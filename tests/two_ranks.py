@@ -8,8 +8,8 @@ sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.p
 from dataclasses import replace
 from functools import partial
 
+import data
 import refuel
-import simulator
 from conftest import random_pairs
 from refuel import pair_logps, rank, world
 
@@ -45,7 +45,7 @@ if __name__ == "__main__":
     found = results(base, cfg)
     policy, user, reward = refuel.load_speakers(base, cfg)
     collect = partial(refuel.collect, policy=policy, user=user, reward=reward, cfg=cfg)
-    refuel.collected(os.path.join(out, f"ranks_{world()}"), collect, simulator.train_prompts(cfg, policy.tokenizer, 1), cfg, 1)
+    refuel.collected(os.path.join(out, f"ranks_{world()}"), collect, data.train_prompts(cfg, policy.tokenizer, 1), cfg, 1)
     if rank() == 0:
         save_file(found, os.path.join(out, f"ranks_{world()}.safetensors"))
     refuel.barrier()

@@ -1,0 +1,234 @@
+"""Where dialogues begin: first prompts and logged conversations of UltraInteract_pair, Anthropic-HH and their like.
+
+Sections 4.2 and 4.3, appendix C.4, Table 5. The toy's customers come from toy.py by the same two functions,
+`train_prompts` and `test_prompts`.
+"""
+import functools
+import glob
+import importlib.util
+import os
+import random
+import re
+from collections import Counter
+from typing import NamedTuple
+
+from simulator import (BadInput, Dialogue, Prompt, checked, encode, end_token, load_tokenizer, rank, seed_for,
+                       template_pieces)  # fmt: skip
+
+
+def train_prompts(cfg, tokenizer, t):
+    """The dialogues at s_1 of iteration t: cfg.num_prompts of the training split, drawn without replacement."""
+    pool = load_split(cfg, "train", tokenizer)
+    if cfg.num_prompts > len(pool):
+        raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(pool)} training prompts")
+    rows = random.Random(seed_for(cfg.seed, "prompts", t)).sample(range(len(pool)), cfg.num_prompts)
+    return [Dialogue.start(tokenizer, pool[i].text, pool[i].secret) for i in rows]
+
+
+def offline_prompts(cfg, tokenizer, t):
+    """The same for the baselines that roll in by the data: finished dialogues, each with a second last answer."""
+    import toy
+
+    logs = range(toy.POOL["train"]) if cfg.dataset == "toy" else load_data(*data_key(cfg, tokenizer)).logs
+    if cfg.num_prompts > len(logs):
+        raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(logs)} dialogues")
+    rows = random.Random(seed_for(cfg.seed, "offline", t)).sample(range(len(logs)), cfg.num_prompts)
+    if cfg.dataset == "toy":
+        return toy.offline_dialogues(tokenizer, rows)
+    return [replay(tokenizer, logs[i]) for i in rows]
+
+
+def test_prompts(cfg, tokenizer):
+    """The openings that every policy is evaluated from; the streams make users and noise common to all of them."""
+    pool = load_split(cfg, "test", tokenizer)
+    if cfg.eval_dialogues > len(pool):
+        raise BadInput(f"--eval-dialogues {cfg.eval_dialogues}: {cfg.dataset} has only {len(pool)} test prompts")
+    return [Dialogue.start(tokenizer, p.text, p.secret, (cfg.seed, "test", i))
+            for i, p in enumerate(pool[: cfg.eval_dialogues])]  # fmt: skip
+
+
+def load_split(cfg, split, tokenizer):
+    """The split's prompts: the toy's customers, or the first prompts of a data set of conversations."""
+    if cfg.dataset == "toy":
+        import toy
+
+        return toy.load_prompts(split)
+    return getattr(load_data(*data_key(cfg, tokenizer)), split)
+
+
+DATASETS = {"ultrainteract": "openbmb/UltraInteract_pair", "hh": "Anthropic/hh-rlhf"}
+HELD_OUT = 1000  # first prompts: Table 3's 500 for tests and 500 for validation; a fifth of a set with fewer than 5,000
+# Setting two, tokens of (a question with its header, an answer): appendix C.4 for HH, Table 5 by the number of turns
+HH_CAPS = (128, 512)
+ULTRAINTERACT_CAPS = {1: (1024, 1024), 2: (768, 768), 3: (512, 512), 4: (256, 512), 5: (128, 512)}
+
+
+class Logged(NamedTuple):
+    """A conversation of a data set: x_1..x_H, y_1..y_{H-1}, and the two answers to x_H."""
+
+    questions: tuple
+    answers: tuple
+    chosen: str
+    rejected: str | None  # None where the data's second conversation has another history
+
+
+class Data(NamedTuple):
+    train: list  # prompts
+    test: list
+    logs: list  # conversations that begin with a training prompt, for the baselines that roll in by the data
+    dropped: Counter  # rows by reason
+
+
+def data_key(cfg, tokenizer):
+    """What a split depends on, so that one process reads a data set once."""
+    longest = min(cfg.max_dialogue, cfg.max_length - cfg.max_new_tokens)
+    return cfg.dataset, tokenizer.name_or_path, cfg.user == "dataset", cfg.max_turns, longest
+
+
+@functools.lru_cache(maxsize=4)
+def load_data(name, tokenizer_path, fixed, max_turns, longest):
+    """Prompts and logs of UltraInteract_pair, Anthropic-HH or a set of their form; what is dropped is counted.
+
+    fixed: the questions to come are the data's own (setting two); then a prompt is a whole list of questions, with the
+    caps of that setting. Else it is a first prompt of at most `longest` tokens. Prompts are de-duplicated, and those
+    with one first prompt are on one side of the split. The split depends on the texts alone, neither on the order of
+    the rows nor on any length or tokenizer, so that no other flag can bring a training prompt into the test. (The
+    released code splits rows, without a seed, and shares first prompts between training and test.)"""
+    rows, tokenizer, dropped = read_rows(name), load_tokenizer(tokenizer_path), Counter()
+    logs, seen = [], {}
+    for row in rows:
+        log = logged(row)
+        if isinstance(log, str):
+            dropped[log] += 1
+            continue
+        logs.append(log)
+        key = log.questions if fixed else log.questions[0]
+        dropped.update(["duplicate"] * (key in seen))
+        seen.setdefault(key, log)
+    caps = HH_CAPS if "trajectory" not in rows.column_names else None
+    prompts = {}  # by first prompt
+    for log, why in zip(seen.values(), too_long(tokenizer, list(seen.values()), fixed, max_turns, longest, caps)):
+        if why:
+            dropped[why] += 1
+        else:
+            secret = list(log.questions[1:]) if fixed else None
+            prompts.setdefault(log.questions[0], []).append(Prompt(log.questions[0], secret))
+    order = sorted({log.questions[0] for log in logs}, key=lambda text: seed_for("split", text))
+    cut = min(HELD_OUT, len(order) // 5)
+    test, train = ([p for x in part for p in prompts.get(x, ())] for part in (order[:cut], order[cut:]))
+    sizes = f"{name}: {len(rows)} rows, {len(train)} training and {len(test)} test prompts; dropped: {dict(dropped)}"
+    if not (train and test):
+        raise BadInput(f"--dataset {sizes}")
+    if rank() == 0:
+        print(sizes, flush=True)
+    first = set(order[cut:])
+    kept = [log for log in logs if log.questions[0] in first and log.rejected and len(log.questions) <= max_turns]
+    return Data(train, test, kept, dropped)
+
+
+def logged(row):
+    """A row as Logged, or the reason why it is none."""
+    try:
+        if "trajectory" in row:
+            history, chosen, rejected = turns_of(row["trajectory"]), row["chosen"], row["rejected"]
+        else:
+            *history, (role, chosen) = turns_of(row["chosen"])
+            *other, (other_role, rejected) = turns_of(row["rejected"])
+            rejected = rejected if other == history else None
+            if not role == other_role == "assistant":
+                return "roles do not alternate"
+    except (ValueError, TypeError, KeyError):
+        return "malformed"
+    roles = ["user", *["assistant", "user"] * (len(history) // 2)]  # of an odd number of turns
+    if [role for role, _ in history] != roles:
+        return "roles do not alternate"
+    try:
+        texts = [checked(text) for _, text in history]
+        return Logged(tuple(texts[::2]), tuple(texts[1::2]), checked(chosen), rejected and checked(rejected))
+    except BadInput:
+        return "an empty turn"
+
+
+def turns_of(value):
+    """[(role, text)] of a list of messages, or of a text with the marks of Anthropic-HH."""
+    if isinstance(value, str):
+        before, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + value.lstrip())
+        if before.strip():
+            raise ValueError("a text that does not begin with a speaker")
+        pairs = list(zip(parts[::2], parts[1::2]))
+    else:
+        pairs = [(m["from"], m["value"]) if "from" in m else (m["role"], m["content"]) for m in value]
+    names = {"Human": "user", "human": "user", "Assistant": "assistant", "gpt": "assistant"}
+    return [(names.get(role, role), text) for role, text in pairs]
+
+
+def too_long(tokenizer, logs, fixed, max_turns, longest, caps):
+    """For each conversation the reason why it cannot be a prompt, or None."""
+    before, after, between, later = template_pieces(tokenizer)
+    first, more = len(encode(tokenizer, before + after)), len(encode(tokenizer, between + later))
+    if not fixed:
+        counts = token_counts(tokenizer, [d.questions[0] for d in logs])
+        return ["prompt too long" if first + n > longest else None for n in counts]
+    short = [d for d in logs if len(d.questions) <= max_turns]
+    counts = iter(token_counts(tokenizer, [t for d in short for t in (*d.questions, *d.answers, d.chosen)]))
+    reasons = []
+    for d in logs:
+        H = len(d.questions)
+        if H > max_turns:
+            reasons.append(f"more than {max_turns} turns")
+            continue
+        questions, answers = [next(counts) for _ in range(H)], [next(counts) for _ in range(H)]
+        question_cap, answer_cap = caps or ULTRAINTERACT_CAPS[min(H, 5)]
+        over = max(n + (more if h else first) for h, n in enumerate(questions)) > question_cap
+        reasons.append("question too long" if over else "answer too long" if max(answers) > answer_cap else None)
+    return reasons
+
+
+def token_counts(tokenizer, texts):
+    return [len(ids) for start in range(0, len(texts), 4096) for ids in tokenizer(
+        texts[start : start + 4096], add_special_tokens=False, split_special_tokens=True)["input_ids"]]  # fmt: skip
+
+
+def replay(tokenizer, log):
+    """A logged conversation as the policy would see it, with the canonical ids of its answers: (the conversation with
+    the chosen last answer, the same with the rejected one)."""
+    end = end_token(tokenizer)
+    first = Dialogue.start(tokenizer, log.questions[0], list(log.questions[1:]))
+    for answer, question in zip(log.answers, log.questions[1:]):
+        first.add_answer(tokenizer, encode(tokenizer, "", answer) + [end]).add_user(tokenizer, question)
+    second = first.reset(len(log.questions))
+    return tuple(d.add_answer(tokenizer, encode(tokenizer, "", text) + [end])
+                 for d, text in ((first, log.chosen), (second, log.rejected)))  # fmt: skip
+
+
+def read_rows(name):
+    """All rows of a data set: a parquet, json or jsonl file, a folder of them or of save_to_disk, or a hub id."""
+    if not importlib.util.find_spec("datasets"):
+        raise BadInput(f"--dataset {name} needs the package datasets (pip install -r requirements.txt)")
+    import datasets
+    import pyarrow
+
+    path = DATASETS.get(name, name)
+    saved = any(os.path.exists(os.path.join(path, file)) for file in ("dataset_info.json", "dataset_dict.json"))
+    files = [path] if os.path.isfile(path) else sorted(file for kind in ("parquet", "json*") for file in glob.glob(
+        os.path.join(glob.escape(path), "**", f"*.{kind}"), recursive=True))  # fmt: skip
+    if not saved and not files and (os.path.isdir(path) or path.count("/") != 1 or path[0] in "./~"):
+        raise BadInput(f"--dataset {name}: no parquet, json or jsonl file there, and no hub id")
+    datasets.disable_progress_bars()
+    try:
+        if saved:
+            parts = datasets.load_from_disk(path)
+        elif files:
+            tables = [file for file in files if file.endswith(".parquet")]  # json beside them describes them
+            parts = datasets.load_dataset("parquet" if tables else "json", data_files=tables or files)
+        else:
+            parts = datasets.load_dataset(path)
+        rows = datasets.concatenate_datasets(list(parts.values())) if isinstance(parts, dict) else parts
+    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, TypeError,
+            StopIteration) as error:  # fmt: skip
+        why = " ".join(f"{type(error).__name__} {error}".split())[:200]  # StopIteration is what an empty file gives
+        raise BadInput(f"--dataset {name} cannot be read: {why}") from None
+    missing = {"chosen", "rejected"} - set(rows.column_names)
+    if missing:
+        raise BadInput(f"--dataset {name} has no column {' and no column '.join(sorted(missing))}")
+    return rows

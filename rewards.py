@@ -1,0 +1,163 @@
+"""r(s_{H+1}): the reward models of the two settings, ArmoRM (section 4.2) and FsfairX (section 4.3).
+
+A reward model is reward(dialogues) -> [float, or None where a dialogue does not fit it]; it sees whole batches.
+
+Dimension key: B dialogues, T tokens, D hidden, O objectives.
+"""
+import os
+import re
+
+from simulator import (BadInput, encode, encode_plain, find_checkpoint, local_rank, read_json, read_weights,
+                       weight_names)  # fmt: skip
+
+
+def conversation_ids(tokenizer, messages):
+    """A finished conversation as the reward model's own chat template renders it, with the BOS that the template writes
+    and no other. The strings of control tokens inside a text stay text: an answer that spells out an end token must
+    not move the place where a score is read."""
+    names, held, shown = [str(token) for token in tokenizer.added_tokens_decoder.values()], {}, []
+    for i, m in enumerate(messages):
+        if any(name in m["content"] for name in names):
+            held[f"\ue000{i}\ue000"] = m["content"].strip()
+            m = m | {"content": f"\ue000{i}\ue000"}
+        shown.append(m)
+    pieces = re.split("(\ue000\\d+\ue000)", tokenizer.apply_chat_template(shown, tokenize=False))
+    encoded = (encode_plain(tokenizer, held[p]) if p in held else encode(tokenizer, p) for p in pieces if p)
+    return [i for piece in encoded for i in piece]
+
+
+class RewardModel:
+    """A reward model on a causal body: raw scores, read in float32 at the last real token.
+
+    Batches are sorted by length, bounded in tokens and padded on the right, which no real token can see. A conversation
+    of more than max_length tokens gets None; it is never cut, since a torn one would be scored as if it were whole."""
+
+    def __init__(self, path, max_length, tokens=16384):
+        import torch
+        from transformers import AutoTokenizer
+
+        self.tokenizer, self.tokens = AutoTokenizer.from_pretrained(path), tokens
+        if not self.tokenizer.chat_template:
+            raise BadInput(f"--reward {path} has no chat template")
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
+        self.load(path, torch.bfloat16 if cuda else torch.float32)
+        self.max_length = min(max_length, self.body.config.max_position_embeddings)
+
+    def fits(self, ids):
+        return len(ids) <= self.max_length
+
+    def fits_dialogue(self, dialogue):
+        return self.fits(conversation_ids(self.tokenizer, dialogue.messages))
+
+    def __call__(self, dialogues):
+        rows = [conversation_ids(self.tokenizer, d.messages) for d in dialogues]
+        scores, order = [None] * len(rows), sorted((i for i, ids in enumerate(rows) if self.fits(ids)),
+                                                   key=lambda i: len(rows[i]))  # fmt: skip
+        while order:  # the longest first: a batch that does not fit the device fails at once
+            n = max(1, self.tokens // len(rows[order[-1]]))
+            batch, order = order[-n:], order[:-n]
+            for i, score in zip(batch, self.score([rows[i] for i in batch])):
+                scores[i] = score
+        return scores
+
+    def score(self, rows):
+        import torch
+
+        T = len(rows[-1])
+        ids_BT = torch.tensor([ids + [0] * (T - len(ids)) for ids in rows], device=self.device)
+        mask_BT = torch.tensor([[1] * len(ids) + [0] * (T - len(ids)) for ids in rows], device=self.device)
+        with torch.no_grad():
+            hidden_BTD = self.body(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+            return self.head(rows, hidden_BTD).tolist()
+
+
+def at(hidden_BTD, positions):
+    """One token's hidden state of each row: (B, D) float32."""
+    import torch
+
+    return hidden_BTD[torch.arange(len(positions)), torch.tensor(positions)].float()
+
+
+class SequenceReward(RewardModel):
+    """A sequence classifier with one label, such as FsfairX (setting two)."""
+
+    def load(self, path, dtype):
+        from transformers import AutoModelForSequenceClassification
+
+        model, info = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        if info["missing_keys"] or model.config.num_labels != 1 or not hasattr(model, "score"):
+            raise BadInput(f"--reward {path} is not a sequence classifier with one label and a trained head")
+        self.body = model.base_model.to(self.device).eval()
+        self.weight_1D = model.score.weight.detach().float().to(self.device)
+
+    def head(self, rows, hidden_BTD):
+        return (at(hidden_BTD, [len(ids) - 1 for ids in rows]) @ self.weight_1D.T)[:, 0]
+
+
+class ArmoRM(RewardModel):
+    """ArmoRM-Llama3-8B (setting one): 19 objectives read at the last token, mixed by a gate that is read where the last
+    answer begins; score = sum over objectives of gate * (rewards @ transform).
+
+    Its head is read from the safetensors by name and computed in float32: in bfloat16 scores between 1/8 and 1/4 come
+    in steps of 0.001, which eta = 1000 turns into whole nats. Its remote code is never run."""
+
+    # <|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n; the gate is read at the first of these five, the end
+    # of the last question, so that it knows the question and not the answer
+    PATTERN = [128009, 128006, 78191, 128007, 271]
+
+    def load(self, path, dtype):
+        from transformers import LlamaModel
+
+        self.body, info = LlamaModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        if info["missing_keys"]:
+            raise BadInput(f"--reward {path} lacks {len(info['missing_keys'])} weights of its Llama")
+        self.body = self.body.to(self.device).eval()
+        head = ("regression_layer.", "gating.", "reward_transform_matrix")
+        self.weights = {k: v.float().to(self.device) for k, v in read_weights(path, head)}
+        self.temperature = read_json(os.path.join(path, "config.json")).get("gating_temperature", 10)
+
+    def fits(self, ids):
+        return super().fits(ids) and self.gate_position(ids) is not None
+
+    def gate_position(self, ids):
+        n = len(self.PATTERN)
+        return next((i for i in range(len(ids) - n, -1, -1) if ids[i : i + n] == self.PATTERN), None)
+
+    def gate(self, x_BD):
+        from torch.nn.functional import linear, relu
+
+        layers = sorted({int(name.split(".")[2]) for name in self.weights if name.startswith("gating.layers.")})
+        for layer in layers:
+            weight, bias = (self.weights.get(f"gating.layers.{layer}.{kind}") for kind in ("weight", "bias"))
+            x_BD = linear(x_BD if layer == 0 else relu(x_BD), weight, bias)
+        return (x_BD / self.temperature).softmax(-1) * self.weights["gating.logit_scale"]   # (B, objectives)
+
+    def head(self, rows, hidden_BTD):
+        gate_BO = self.gate(at(hidden_BTD, [self.gate_position(ids) for ids in rows]))
+        rewards_BO = at(hidden_BTD, [len(ids) - 1 for ids in rows]) @ self.weights["regression_layer.weight"].T
+        return (gate_BO * (rewards_BO @ self.weights["reward_transform_matrix"])).sum(-1)
+
+
+def check_reward(cfg):
+    """The class and folder that --reward names, before a model is loaded; (None, None) for the toy's."""
+    if cfg.reward == "toy":
+        return None, None
+    path = find_checkpoint(cfg.reward)
+    names = set(weight_names(path))
+    if {"regression_layer.weight", "reward_transform_matrix", "gating.layers.0.weight", "gating.logit_scale"} <= names:
+        return ArmoRM, path
+    architectures = read_json(os.path.join(path, "config.json")).get("architectures") or ()
+    if any("SequenceClassification" in name for name in architectures):
+        return SequenceReward, path
+    raise BadInput(f"--reward {cfg.reward} is neither ArmoRM nor a sequence classifier")
+
+
+def load_reward(cfg):
+    """The reward model that --reward names: `toy`, or a checkpoint whose files say what it is."""
+    kind, path = check_reward(cfg)
+    if kind:
+        return kind(path, cfg.reward_tokens)
+    import toy
+
+    return toy.Reward()
