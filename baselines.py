@@ -19,14 +19,13 @@ import refuel  # first: it sets what torch and vLLM read when they are imported
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
 import evaluate
 import simulator
 from refuel import from_the_start, refuel_loss, sample_resets
-from simulator import BadInput, barrier, rank
+from simulator import BadInput, barrier, rank, world
 
 # ---------------------------------------------------------------------------------------------------------------
 # Losses: of (logp_2B, old_logp_2B, reward_2B, eta), the mean over B pairs
@@ -248,7 +247,8 @@ def draw(results, curve, path):
     if curve:
         axes[0, -1].set(xlabel="steps", ylabel="average win rate, %", title="win rate against steps")
         axes[0, -1].legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=150)
+    with simulator.writing(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
     plt.close(figure)
 
 
@@ -270,6 +270,8 @@ def run(methods, cfg):
         try:
             speakers = train(method, method_config(method, cfg), speakers)
         except BadInput as error:  # one method's bad day is not the others'
+            if world() > 1:  # but other ranks may not have it, and wait
+                raise
             failed[method] = str(error)
     done = {m: os.path.join(cfg.out, m, f"iter_{cfg.iterations}", "policy") for m in METHODS}
     done = {m: path for m, path in done.items() if os.path.isdir(path)}
@@ -329,7 +331,7 @@ def search(methods, cfg):
 
 
 def main(argv=None):
-    try:
+    with refuel.one_line("baselines.py"):
         flags = dict(method=dict(required=True), grid=dict(action="store_true"))
         cfg, extra = refuel.read_config(argv, __doc__, **flags)
         methods = choose(extra["method"])
@@ -345,10 +347,6 @@ def main(argv=None):
         _, failed = run(methods, cfg)
         for method, error in failed.items():
             print(f"baselines.py: {method}: {error}", file=sys.stderr)
-    except BadInput as error:
-        if rank() == 0 or dist.is_initialized():
-            print(f"baselines.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     raise SystemExit(bool(failed))
 
 

@@ -477,7 +477,8 @@ def draw(results, path):
     right.legend(frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    with simulator.writing(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
     plt.close(figure)
 
 
@@ -569,9 +570,8 @@ def load_judge(name, model, reward, cfg):
 
 def main(argv=None):
     import refuel
-    import torch.distributed as dist
 
-    try:
+    with refuel.one_line("evaluate.py"):
         cfg, policies, judge, judge_model = command(argv)
         refuel.start_processes()
         policies = named(policies)
@@ -585,10 +585,6 @@ def main(argv=None):
         results, played = evaluate(policies, cfg.out, policy, user, reward, cfg, judge)
         if rank() == 0:
             report(results, played, reward, cfg.out)
-    except BadInput as error:
-        if rank() == 0 or dist.is_initialized():
-            print(f"evaluate.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

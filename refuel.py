@@ -13,6 +13,7 @@ the pair (y, y').
 import os
 import shutil
 
+PARENT = os.getppid()  # torchrun, if it started this
 # Read by torch and vLLM when they are imported. One thread a process: several are slower on a small, busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives in this process
@@ -21,12 +22,16 @@ if not shutil.which("nvidia-smi"):
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # vLLM's CPU engine would compile for minutes
 
 import argparse
+import contextlib
+import ctypes
 import json
 import math
+import signal
 import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from functools import partial
 from types import MethodType
 from typing import NamedTuple
@@ -583,7 +588,8 @@ def save_training(folder, model, optimizer, step):
 
     folder = os.path.join(folder, "training")
     os.makedirs(folder, exist_ok=True)
-    save_file(training_state(model, optimizer), os.path.join(folder, f"step_{step}_rank_{rank()}.safetensors"))
+    with simulator.writing(os.path.join(folder, f"step_{step}_rank_{rank()}.safetensors")) as partial:
+        save_file(training_state(model, optimizer), partial)
     barrier()
     if rank() == 0:
         simulator.write_file(os.path.join(folder, "step.json"), json.dumps({"step": step, "ranks": world()}))
@@ -634,19 +640,15 @@ class Keeper:
 
 
 def log(cfg, row):
-    """One line of metrics.jsonl; lines that a stopped run wrote beyond its last saved state are replaced."""
+    """One line of metrics.jsonl; lines that a stopped run wrote beyond its last saved state are replaced. The file is
+    written anew each time: a kill or a full disk costs none of its lines."""
     path = os.path.join(cfg.out, "metrics.jsonl")
 
     def key(row):
         return row["iteration"], row["phase"], row.get("step", 0)
 
-    with open(path, "a+", encoding="utf-8") as file:
-        file.seek(0)
-        lines = file.read().splitlines()
-        if lines and key(json.loads(lines[-1])) >= key(row):
-            file.truncate(0)
-            file.writelines(line + "\n" for line in lines if key(json.loads(line)) < key(row))
-        file.write(json.dumps(row) + "\n")
+    old = simulator.read_lines(path) if os.path.exists(path) else []
+    simulator.write_lines(path, [*(r for r in old if key(r) < key(row)), row])
 
 
 def collected(folder, collect, prompts, cfg, t):
@@ -799,15 +801,50 @@ def start_processes():
     if dist.is_initialized():
         return
     if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+            # a rank whose torchrun was killed would wait for the others, and hold its GPU, until nobody knows when
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+            if os.getppid() != PARENT:
+                raise BadInput("torchrun is gone")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=6))  # a rank without a wave waits for the others' last
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
 
 
-def main(argv=None):
+def first_to_fail():
+    """Of several ranks the first that fails speaks: the others fail alike, or because it is gone."""
+    if world() == 1 or not dist.is_initialized():
+        return rank() == 0
+    with contextlib.suppress(RuntimeError):  # the store dies with torchrun
+        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    return False
+
+
+@contextlib.contextmanager
+def one_line(script):
+    """What a person can mend, a full disk or a served model among it, is one line and exit code 2."""
     try:
+        yield
+    except KeyboardInterrupt:
+        if first_to_fail():
+            print(f"{script}: stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        os._exit(130)  # not waiting for threads that wait for a server
+    except (BadInput, OSError) as error:
+        if first_to_fail():
+            hint = "" if isinstance(error, BadInput) else " (what was finished is kept: the same command goes on)"
+            print(f"{script}: {' '.join(str(error).split())}{hint}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except RuntimeError:
+        if first_to_fail():
+            raise
+        raise SystemExit(2) from None
+
+
+def main(argv=None):
+    with one_line("refuel.py"):
         cfg = read_config(argv)
         start_processes()
         cfg = prepare(cfg)
@@ -819,10 +856,6 @@ def main(argv=None):
         import evaluate
 
         evaluate.after_training(cfg, *speakers)
-    except BadInput as error:
-        if rank() == 0 or dist.is_initialized():
-            print(f"refuel.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     barrier()  # the process group is left to the interpreter's end: vLLM's engine takes its own part down only there
 
 

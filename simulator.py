@@ -417,14 +417,14 @@ class Server:
         """(number, reply, None) or (number, None, why) as they come; given up after `allowed` failures."""
         self.dead, self.failed = threading.Event(), []
         self.allowed = FAILURES * len(prompts) if allowed is None else allowed
-        with ThreadPoolExecutor(self.threads) as pool:
-            asked = zip(prompts, seeds or [None] * len(prompts), strict=True)
-            futures = {pool.submit(self.answer, prompt, seed): i for i, (prompt, seed) in enumerate(asked)}
-            try:
-                for future in as_completed(futures):
-                    yield futures[future], *future.result()
-            finally:
-                self.dead.set()
+        pool, asked = ThreadPoolExecutor(self.threads), zip(prompts, seeds or [None] * len(prompts), strict=True)
+        futures = {pool.submit(self.answer, prompt, seed): i for i, (prompt, seed) in enumerate(asked)}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], *future.result()
+        finally:
+            self.dead.set()
+            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for a server that stalls
 
     def answer(self, prompt, seed=None):
         """(reply, None), or (None, why there is none); why is None where nobody asks any more."""
@@ -765,14 +765,24 @@ def read_lines(path):
         return [json.loads(line) for line in file]
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Yields a temporary name, which takes the name `path` at the end: a reader finds the whole file or none."""
+    from safetensors import SafetensorError
+
+    try:
+        yield f"{path}.partial"
+        os.replace(f"{path}.partial", path)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"cannot write {path} ({getattr(error, 'strerror', None) or error}); what was finished is kept: "
+                       "make room and run the same command again to go on") from None  # fmt: skip
+
+
 def write_file(path, text):
-    """Written under a temporary name and renamed: a reader finds the whole file or none."""
-    partial = f"{path}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
+    with writing(path) as partial, open(partial, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def write_lines(path, rows):
@@ -781,12 +791,11 @@ def write_lines(path, rows):
 
 def write_folder(path, fill):
     """The same for a folder: fill(partial) writes into a temporary folder, which then takes its name."""
-    partial = f"{path}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(partial)
-    fill(partial)
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(partial, path)
+    with writing(path) as partial:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.makedirs(partial)
+        fill(partial)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -812,7 +821,7 @@ def main():
     import data
     import refuel
 
-    try:
+    with refuel.one_line("simulator.py"):
         cfg, extra = refuel.read_config(sys.argv[1:], __doc__, show=dict(type=int, default=3))
         refuel.start_processes()
         cfg = refuel.replace(cfg, policy=prepare_checkpoint(cfg.policy), num_prompts=4 * extra["show"])
@@ -820,9 +829,6 @@ def main():
         rng = refuel.np.random.default_rng(cfg.seed)
         pairs = refuel.collect(data.train_prompts(cfg, policy.tokenizer, 0), policy, user, reward, cfg, rng)
         print("\n\n".join(show(pair, policy.tokenizer) for pair in pairs[: extra["show"]]))
-    except BadInput as error:
-        print(f"simulator.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

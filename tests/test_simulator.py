@@ -331,7 +331,7 @@ def test_no_reader_ever_sees_half_a_file(tmp_path, monkeypatch):
     path = str(tmp_path / "a.json")
     simulator.write_file(path, "old")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
-    with pytest.raises(OSError):
+    with pytest.raises(BadInput, match="no space left"):
         simulator.write_file(path, "new")
     assert open(path).read() == "old"
 
