@@ -58,7 +58,7 @@ class Config:
     setting: str  # toy, one (section 4.2) or two (section 4.3)
     policy: str  # pi_1: a checkpoint folder or a hub id
     reference: str  # what win rates and KL are measured against
-    user: str  # who plays the user: toy, dataset (its own questions), a checkpoint, or the URL of a server
+    user: str  # who plays the user: toy, dataset (its own questions), serve:CHECKPOINT, CHECKPOINT, or a server's URL
     user_model: str  # the model's name at a URL
     user_temperature: float  # of a language model as the user
     user_tokens: int  # its whole reply; a question that is cut there is none
@@ -102,7 +102,8 @@ SETTINGS = {
     "one": dict(
         policy="meta-llama/Meta-Llama-3-8B-Instruct",  # section 4.2; the reference is pi_1 itself
         reference="meta-llama/Meta-Llama-3-8B-Instruct",
-        user="http://localhost:8000/v1", user_model="meta-llama/Llama-3.1-70B-Instruct",  # C.2; `vllm serve` gives it
+        user="serve:meta-llama/Llama-3.1-70B-Instruct",  # C.2
+        user_model="meta-llama/Llama-3.1-70B-Instruct",  # where --user is a URL
         user_temperature=0.8, user_tokens=1024,  # the released code; the paper is silent
         max_failures=0.05,  # ours: the released code takes any reply
         reward="RLHFlow/ArmoRM-Llama3-8B-v0.1", reward_tokens=4096,  # section 4.2; the length is the released code's
@@ -248,12 +249,12 @@ def train(cfg, speakers=None, prompts_of=data.train_prompts, collect=collect, lo
     The baselines are this loop with other prompts, another collect, another loss. Returns the speakers (policy's
     engine, user, reward), which live on: an engine is started once."""
     start = latest_policy(cfg)
-    model = load_policy(start, cfg)
     if speakers:
         speakers[0].update(simulator.read_weights(start))
     else:
         speakers = load_speakers(start, cfg)
     policy, user, reward = speakers
+    model = load_policy(start, cfg)
     for t in range(1, cfg.iterations + 1):
         folder = os.path.join(cfg.out, f"iter_{t}")
         if os.path.isdir(os.path.join(folder, "policy")):
@@ -272,7 +273,8 @@ def train(cfg, speakers=None, prompts_of=data.train_prompts, collect=collect, lo
 
 
 def load_speakers(path, cfg):
-    return simulator.load_engine(path, cfg), simulator.load_user(cfg), rewards.load_reward(cfg)
+    user = simulator.load_user(cfg)  # first: a server that does not start is found before a model is loaded
+    return simulator.load_engine(path, cfg), user, rewards.load_reward(cfg)
 
 
 def batches(n, cfg):
@@ -775,7 +777,9 @@ def prepare(cfg):
         other = [k for k in sorted(old.keys() | new.keys()) if k != "out" and old.get(k) != new.get(k)]
         if other:
             raise BadInput(f"{cfg.out} is a run with another {', '.join(other)}: choose another --out")
-    elif os.path.exists(cfg.out) and (not os.path.isdir(cfg.out) or set(os.listdir(cfg.out)) - {"config.json.partial"}):
+    elif os.path.exists(cfg.out) and (
+        not os.path.isdir(cfg.out) or set(os.listdir(cfg.out)) - {"config.json.partial", "user_0.log"}
+    ):
         raise BadInput(f"--out {cfg.out} exists and is not a run's folder")
     return cfg
 

@@ -480,10 +480,7 @@ class Local:
     """A checkpoint that is asked like a Server, in an engine of this process."""
 
     def __init__(self, path, cfg, temperature, max_tokens, room, whole=False):
-        from transformers import AutoConfig
-
-        room = min(AutoConfig.from_pretrained(path).max_position_embeddings, room)
-        cfg = replace(cfg, temperature=temperature, max_new_tokens=max_tokens, max_length=room)
+        cfg = replace(cfg, temperature=temperature, max_new_tokens=max_tokens, max_length=longest_prompt(path, room))
         self.engine, self.wave, self.whole = load_engine(path, cfg), cfg.wave, whole
 
     def __call__(self, prompts, seeds=None, allowed=None):
@@ -498,6 +495,11 @@ class Local:
                     yield i, "", None
                 else:
                     yield i, row.add_answer(tokenizer, *answer).messages[-1]["content"], None
+
+
+def longest_prompt(path, room):
+    """`room`, or what the checkpoint's positions allow."""
+    return min(read_json(os.path.join(path, "config.json")).get("max_position_embeddings") or room, room)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -579,7 +581,9 @@ def check_user(cfg):
     if "://" in cfg.user:
         user_server(cfg)
     elif cfg.user not in ("toy", "dataset"):
-        load_tokenizer(find_checkpoint(cfg.user))
+        load_tokenizer(find_checkpoint(cfg.user.removeprefix("serve:")))
+    if cfg.user.startswith("serve:") and not importlib.util.find_spec("vllm"):
+        raise BadInput(f"--user {cfg.user}: vllm is not installed (pip install -r requirements-gpu.txt)")
 
 
 def reach_user(cfg):
@@ -593,12 +597,16 @@ def reach_user(cfg):
 def user_server(cfg, **options):
     if not cfg.user_model:
         raise BadInput("--user URL needs --user-model NAME")
-    return Server(cfg.user, cfg.user_model, threads=256, flag="--user", temperature=cfg.user_temperature,
-                  max_tokens=cfg.user_tokens, whole=True, **options)  # fmt: skip
+    return Server(cfg.user, cfg.user_model, flag="--user", **user_options(cfg), **options)
+
+
+def user_options(cfg):
+    return dict(threads=256, temperature=cfg.user_temperature, max_tokens=cfg.user_tokens, whole=True)
 
 
 def load_user(cfg):
-    """Who plays the user: `toy`, `dataset`, the URL of a server, or a checkpoint in an engine of this process."""
+    """Who plays the user: `toy`, `dataset`, the URL of a server, `serve:` and a checkpoint for a server of this node's
+    own, or a checkpoint in an engine of this process."""
     check_user(cfg)
     if cfg.user == "toy":
         import toy
@@ -608,9 +616,15 @@ def load_user(cfg):
         return DataUser()
     if "://" in cfg.user:
         ask = user_server(cfg)
-    else:  # room: its tokenizer may need more tokens than the policy's
-        path, room = find_checkpoint(cfg.user), 2 * cfg.max_length + cfg.user_tokens
-        ask = Local(path, cfg, cfg.user_temperature, cfg.user_tokens, room, whole=True)
+    else:
+        path = find_checkpoint(cfg.user.removeprefix("serve:"))
+        room = longest_prompt(path, 2 * cfg.max_length + cfg.user_tokens)  # its tokenizer may need more tokens
+        if cfg.user.startswith("serve:"):
+            import serve
+
+            ask = serve.Served(path, os.path.join(cfg.out, f"user_{serve.node()}.log"), room, **user_options(cfg))
+        else:
+            ask = Local(path, cfg, cfg.user_temperature, cfg.user_tokens, room, whole=True)
     return LLMUser(ask, 8 * cfg.user_tokens, cfg.max_failures)
 
 

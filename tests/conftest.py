@@ -43,6 +43,34 @@ def make_bpe(template, special, bos, eos):
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos, chat_template=template)
 
 
+def make_asker(path):
+    """A checkpoint that says "Question: go on" whatever it is asked, through its own chat template: a Llama whose layers
+    add nothing, with a table of successors as its head."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<|pad|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"]
+    vocab = {word: i for i, word in enumerate([*special, "Question:", "go", "on"])}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<|unknown|>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|begin|>", eos_token="<|end|>", unk_token="<|unknown|>",
+                            chat_template=toy.TEMPLATE).save_pretrained(path)  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(vocab), hidden_size=32, intermediate_size=32, head_dim=32,
+                                         num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=2048,
+                                         bos_token_id=1, eos_token_id=2))  # fmt: skip
+    said = ["<|assistant|>", "Question:", "go", "on", "<|end|>"]
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(len(vocab), 32))
+        model.lm_head.weight.zero_()
+        for word, successor in zip(said, said[1:]):
+            model.lm_head.weight[vocab[successor], vocab[word]] = 8.0  # of a state of norm 32 ** 0.5
+    model.save_pretrained(path)
+    return str(path)
+
+
 @pytest.fixture(scope="session")
 def tokenizers():
     chatml = make_bpe(CHATML, ["<|im_start|>", "<|im_end|>"], None, "<|im_end|>")

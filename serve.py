@@ -1,0 +1,207 @@
+"""The user's model as a server that lives exactly as long as the run: vLLM over all GPUs of a node (section 4.2, C.2).
+
+`--user serve:ORG/MODEL` (a hub id or a folder): local rank 0 of each node starts the server that `vllm serve` starts,
+on a free port of the loopback interface, and waits until it is healthy; the node's other ranks are told where it is.
+Between the run and the server stands a watchdog, `python serve.py RUN COMMAND`: it ends the server and every process
+that the server has started when the run has ended in whatever way, SIGKILL included.
+"""
+import atexit
+import functools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+from tqdm import tqdm
+
+from simulator import BadInput, Server, local_rank, world
+
+START = 1500  # seconds until the server must be healthy: a 70B is read from a slow disk in minutes
+ENDED = "serve.py: the server has ended, status"
+
+
+@functools.lru_cache(maxsize=1)
+def start(path, log, room):
+    """The server's URL, on every rank of the node; one server however often it is asked for.
+
+    path: a checkpoint folder; log: where the server writes; room: tokens of prompt and reply. A server that does not
+    start is BadInput with the end of its log, on all ranks of all nodes."""
+    port, why = None, None
+    if local_rank() == 0:
+        try:
+            port = launch(path, log, room)
+        except BadInput as error:
+            why = str(error)
+    places = told((node(), port, why))
+    if why:
+        raise BadInput(why)
+    for number, _, other in places:
+        if other:
+            raise BadInput(f"the user's server did not start on node {number}")
+    return next(f"http://127.0.0.1:{port}/v1" for number, port, _ in places if number == node() and port)
+
+
+class Served(Server):
+    """The node's own server, asked like any other. Once it has ended nobody waits for it: the run stops in one line, and
+    its own command starts both again and goes on from the last finished wave."""
+
+    def __init__(self, path, log, room, **options):
+        super().__init__(start(path, log, room), "user", timeout=1800, tries=3, flag="--user", **options)
+        self.path, self.log, self.opener, self.key = path, log, direct(), ""
+
+    def __call__(self, prompts, seeds=None, allowed=None):
+        for i, reply, why in super().__call__(prompts, seeds, allowed):
+            if reply is None and ended(self.log):
+                raise BadInput(report(self.log, self.path, "has ended under the run (finished waves are kept: run the "
+                                                           "same command again to go on)"))  # fmt: skip
+            yield i, reply, why
+
+
+def node():
+    return int(os.environ.get("GROUP_RANK", 0))  # torchrun's number of the node
+
+
+def told(mine):
+    """What every rank says, on every rank."""
+    import torch.distributed as dist
+
+    everybody = [mine] * world()
+    if world() > 1:
+        dist.all_gather_object(everybody, mine)
+    return everybody
+
+
+def launch(path, log, room):
+    """Start the server behind its watchdog and return its port when it is healthy."""
+    port = free_port()
+    os.makedirs(os.path.dirname(log), exist_ok=True)
+    with open(log, "wb") as out:
+        watchdog = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), str(os.getpid()), *command(path, port, room)], stdin=subprocess.DEVNULL,
+            stdout=out, stderr=out, env=environment(), start_new_session=True)  # fmt: skip
+    atexit.register(stop, watchdog)
+    print(f"serving {path} to the node (log: {log})", flush=True)
+    began = time.monotonic()
+    with tqdm(desc="user's server", bar_format="{desc}: {elapsed} {postfix}", disable=node() > 0) as bar:
+        while not healthy(port):
+            if watchdog.poll() is not None or ended(log):
+                raise BadInput(report(log, path, "ended before it was ready"))
+            if time.monotonic() - began > START:
+                stop(watchdog)
+                raise BadInput(report(log, path, f"was not ready after {START} seconds"))
+            bar.set_postfix_str((tail(log, 1) or [""])[0][-80:])
+            time.sleep(0.5)
+    return port
+
+
+def command(path, port, room):
+    """What `vllm serve` runs. By module, since vLLM's CPU build lacks the metadata that the script itself looks up."""
+    import torch
+
+    words = f"""--host 127.0.0.1 --port {port} --served-model-name user --dtype bfloat16 --max-model-len {room}
+                --generation-config vllm --seed 0 --disable-uvicorn-access-log"""  # vllm: no top-p of the checkpoint's
+    if torch.cuda.is_available():
+        words += f" --tensor-parallel-size {tensor_parallel(path, torch.cuda.device_count())} --gpu-memory-utilization 0.3"
+    else:  # seeded requests crash the CPU build when a prefill is cut into chunks
+        words += f""" --enforce-eager --block-size 32 --kv-cache-memory-bytes {1 << 30} --no-enable-chunked-prefill
+                     --max-num-batched-tokens {max(room, 8192)}"""
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path, *words.split()]
+
+
+def tensor_parallel(path, gpus):
+    """The most of a node's GPUs over which a model's attention heads can be shared out evenly."""
+    with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
+        config = json.load(file)
+    heads = config["num_attention_heads"]
+    groups = config.get("num_key_value_heads") or heads
+    return max(n for n in range(1, gpus + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0))
+
+
+def environment():
+    """The run's environment without what would make the server's processes take themselves for ranks of the run."""
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+    own = ("VLLM_LOGGING_LEVEL", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_API_KEY")
+    env = {k: v for k, v in os.environ.items() if k not in ranks + own and not k.startswith(("TORCHELASTIC", "ROLE_"))}
+    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} | env  # the CPU build would take every core for itself
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def direct():
+    """No proxy knows this machine's loopback interface."""
+    return urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def healthy(port):
+    try:
+        with direct().open(f"http://127.0.0.1:{port}/health", timeout=10) as response:
+            return response.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def tail(log, lines):
+    """The last lines of a log that are not empty."""
+    with open(log, "rb") as file:
+        file.seek(max(0, os.path.getsize(log) - 100_000))
+        text = file.read().decode(errors="replace")
+    return [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()][-lines:]
+
+
+def ended(log):
+    """The watchdog's last words, if the server that writes this log has ended."""
+    return next((line for line in tail(log, 50) if line.startswith(ENDED)), None)
+
+
+def report(log, path, what):
+    """One line that names the server, what befell it and the first error of its log; the rank that has started it shows
+    the log's end before."""
+    lines = tail(log, 400)
+    errors = [line for line in lines if re.search(r"\b\w*(Error|Exception): ", line)]
+    if local_rank() == 0:
+        print("\n".join(["", *(f"    {line[:300]}" for line in lines[-15:])]), file=sys.stderr, flush=True)
+    return f"the user's server, vLLM with {path}, {what}{f': {errors[0][-300:].strip()}' if errors else ''}; see {log}"
+
+
+def stop(watchdog):
+    """Ask the watchdog to end the server, and wait until both are gone."""
+    watchdog.terminate()
+    try:
+        watchdog.wait(30)
+    except subprocess.TimeoutExpired:
+        os.killpg(watchdog.pid, signal.SIGKILL)
+        watchdog.wait()
+
+
+def watch(run, words):
+    """The watchdog: the leader of the server's session, so that one signal reaches all of the server's processes.
+
+    Linux hands an orphan to another parent at once, whatever its parent died of; that is how the run's end is seen."""
+    asked = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    server = subprocess.Popen(words)
+    while server.poll() is None and os.getppid() == run and not asked:
+        time.sleep(0.2)
+    if server.poll() is None:
+        server.terminate()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            pass
+    else:
+        print(f"{ENDED} {server.returncode}", flush=True)
+    os.killpg(os.getpgid(0), signal.SIGKILL)  # the server's engine and workers, and this process
+
+
+if __name__ == "__main__":
+    watch(int(sys.argv[1]), sys.argv[2:])

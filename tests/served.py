@@ -1,0 +1,137 @@
+"""python tests/served.py OUT: a run with a served user, ended in every way, with vLLM's real server; prints a table.
+
+Each row starts `torchrun --nproc_per_node 2 refuel.py --user serve:...`, waits until it plays, ends it as its name says
+and looks for what is left. After a server that dies under the run, the same command has to finish the run.
+
+    python tests/served.py rank OUT     one process of a small run, with a server that is no model (for test_serve.py)
+    python tests/served.py fake PORT    that server
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+sys.path[:0] = [HERE, ROOT]
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def start(*words, mark, **options):
+    """A python process in the root folder; `mark` is in its environment and in that of all that it starts."""
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, start_new_session=True, text=True,
+                            env=os.environ | {"SERVED_TEST": mark}, **options)  # fmt: skip
+
+
+def alive(mark):
+    """The processes with `mark` in their environment: everything that a run has started carries it on."""
+    found = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as env, open(f"/proc/{pid}/cmdline", "rb") as line:
+                if f"SERVED_TEST={mark}".encode() in env.read().split(b"\0"):
+                    found[int(pid)] = line.read().replace(b"\0", b" ").decode()
+        except OSError:
+            pass  # it has ended meanwhile, or is a zombie
+    return {pid: line for pid, line in found.items() if line}
+
+
+def wait_for(condition, seconds):
+    """How long it took, or None."""
+    began = time.monotonic()
+    while time.monotonic() - began < seconds:
+        if condition():
+            return time.monotonic() - began
+        time.sleep(0.1)
+    return None
+
+
+def fake(port):
+    """/health and one answer; its child, like an engine, does not listen to SIGTERM."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    subprocess.Popen([sys.executable, "-c", stubborn])
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+
+        def do_POST(self):
+            body = json.dumps({"choices": [{"message": {"content": "Question: go on"}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+
+
+def one_rank(out):
+    """Ask the node's server, then play on until ended."""
+    import serve
+    from simulator import rank, world, write_file
+
+    serve.command = lambda path, port, room: [sys.executable, os.path.abspath(__file__), "fake", str(port)]
+    if world() > 1:
+        import refuel
+
+        refuel.start_processes()
+    ask = serve.Served("a model", os.path.join(out, "user_0.log"), 99)
+    replies = list(ask(["hello"]))
+    write_file(os.path.join(out, f"rank_{rank()}.json"), json.dumps([ask.url, replies]))
+    while not os.path.exists(os.path.join(out, "end")):
+        time.sleep(0.1)
+
+
+ENDS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
+
+
+def main(out):
+    from conftest import make_asker
+
+    os.makedirs(out)
+    asker = make_asker(os.path.join(out, "asker"))
+    flags = f"refuel.py --setting toy --user serve:{asker} --user-tokens 16 --engine transformers --num-prompts 512"
+    flags += " --batch-size 32 --wave 16 --iterations 1 --eval-dialogues 16 --max-length 256 --out"
+    print("| ended by | exit code | seconds until nothing is left | |\n|---|---|---|---|")
+    for name in ["its own end", *ENDS, "SIGKILL of rank 0", "SIGKILL of the server", "SIGKILL of the engine"]:
+        folder = os.path.join(out, name.replace(" ", "_"))
+        run = partial(start, *TORCHRUN, *flags.split(), folder, mark=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = run()
+        parts = os.path.join(folder, "iter_1", "pairs.jsonl.parts")
+        assert wait_for(lambda: os.path.isdir(parts) and len(os.listdir(parts)) > 2, 600), process.communicate()[0]
+        processes = alive(folder)
+        find = lambda word, ps=processes: min(pid for pid, line in ps.items() if word in line)  # noqa: E731
+        if name in ENDS:
+            process.send_signal(ENDS[name])
+        elif "rank" in name:
+            os.kill(find("refuel.py --setting"), signal.SIGKILL)
+        elif "SIGKILL" in name:
+            os.kill(find("api_server --model" if "server" in name else "spawn_main"), signal.SIGKILL)
+        text, _ = process.communicate(timeout=900)
+        seconds = wait_for(lambda: not alive(folder), 120)
+        said = [line for line in text.splitlines() if "the user's server, vLLM" in line]
+        note = f"`{said[0][:200]}`" if said else ""
+        if seconds is None:
+            note += f" LEFT: {alive(folder)}"
+        if said:
+            again = run()
+            again.communicate(timeout=900)
+            whole = os.path.exists(os.path.join(folder, "results.json"))
+            note += f"; the same command again ends with {again.returncode}{', results.json' * whole}"
+        print(f"| {name} | {process.returncode} | {'never' if seconds is None else f'{seconds:.1f}'} | {note} |", flush=True)
+
+
+if __name__ == "__main__":
+    mode, *rest = sys.argv[1:]
+    {"fake": lambda: fake(int(rest[0])), "rank": lambda: one_rank(rest[0])}.get(mode, lambda: main(mode))()
