@@ -399,36 +399,45 @@ def token_logps(model, ids_RT, position_RT, mask_R1TT, where_N, target_N, temper
 
 
 class SelectedLogps(torch.autograd.Function):
-    """log_softmax(hidden @ weight.T / temperature)[target], in float32, a chunk of tokens at a time.
+    """log_softmax(hidden @ weight.T / temperature)[target], in float32, a block of tokens by words at a time.
 
-    Keeps the log-sum-exp of each token and computes the logits again in backward, so that no (N, V) tensor lives."""
+    Keeps the log-sum-exp of each token and computes the logits again in backward, so that no (N, V) tensor lives. A
+    block of logits and the words' part of the weight stay in a processor's cache."""
 
-    CHUNK = 256
+    BLOCK = 256, 8192  # tokens, words
+
+    @staticmethod
+    def blocks(hidden_ND, weight_VD, target_N, temperature):
+        """(tokens c, words w, their logits, each token's target as a column of them, whether it lies among them)."""
+        for v in range(0, len(weight_VD), SelectedLogps.BLOCK[1]):
+            for i in range(0, len(target_N), SelectedLogps.BLOCK[0]):
+                c, w = slice(i, i + SelectedLogps.BLOCK[0]), slice(v, v + SelectedLogps.BLOCK[1])
+                logits_cw = (hidden_ND[c] @ weight_VD[w].T).float().div_(temperature)
+                column_c = (target_N[c] - v).clamp(0, logits_cw.shape[1] - 1)
+                yield c, w, logits_cw, column_c[:, None], (column_c + v == target_N[c]).float()
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, target_N, temperature):
-        logp_N, lse_N = (hidden_ND.new_empty(len(target_N), dtype=torch.float32) for _ in range(2))
-        for i in range(0, len(target_N), SelectedLogps.CHUNK):
-            c = slice(i, i + SelectedLogps.CHUNK)
-            logits_cV = (hidden_ND[c] @ weight_VD.T).float() / temperature
-            lse_N[c] = logits_cV.logsumexp(-1)
-            logp_N[c] = logits_cV.gather(1, target_N[c, None])[:, 0] - lse_N[c]
+        target_logit_N = hidden_ND.new_zeros(len(target_N), dtype=torch.float32)
+        lse_N = torch.full_like(target_logit_N, -torch.inf)
+        for c, _, logits_cw, column_c1, inside_c in SelectedLogps.blocks(hidden_ND, weight_VD, target_N, temperature):
+            target_logit_N[c] += inside_c * logits_cw.gather(1, column_c1)[:, 0]
+            lse_N[c] = torch.logaddexp(lse_N[c], logits_cw.logsumexp(-1))
         ctx.save_for_backward(hidden_ND, weight_VD, target_N, lse_N)
         ctx.temperature = temperature
-        return logp_N
+        return target_logit_N - lse_N
 
     @staticmethod
     def backward(ctx, grad_N):
         hidden_ND, weight_VD, target_N, lse_N = ctx.saved_tensors
-        grad_hidden_ND, grad_weight_VD = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD, dtype=torch.float32)
-        for i in range(0, len(target_N), SelectedLogps.CHUNK):
-            c = slice(i, i + SelectedLogps.CHUNK)
-            p_cV = ((hidden_ND[c] @ weight_VD.T).float() / ctx.temperature - lse_N[c, None]).exp_()
-            grad_cV = p_cV.neg_().scatter_add_(1, target_N[c, None], torch.ones_like(p_cV[:, :1]))
-            grad_cV = grad_cV.mul_(grad_N[c, None] / ctx.temperature).to(hidden_ND.dtype)
-            grad_hidden_ND[c] = grad_cV @ weight_VD
-            grad_weight_VD += grad_cV.T @ hidden_ND[c]
-        return grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), None, None
+        grad_hidden_ND, grad_weight_VD = (torch.zeros_like(x, dtype=torch.float32) for x in (hidden_ND, weight_VD))
+        for c, w, logits_cw, column_c1, inside_c in SelectedLogps.blocks(*ctx.saved_tensors[:3], ctx.temperature):
+            p_cw = logits_cw.sub_(lse_N[c, None]).exp_()
+            grad_cw = p_cw.neg_().scatter_add_(1, column_c1, inside_c[:, None])
+            grad_cw = grad_cw.mul_(grad_N[c, None] / ctx.temperature).to(hidden_ND.dtype)
+            grad_hidden_ND[c] += grad_cw @ weight_VD[w]
+            grad_weight_VD[w] += grad_cw.T @ hidden_ND[c]
+        return grad_hidden_ND.to(hidden_ND.dtype), grad_weight_VD.to(weight_VD.dtype), None, None
 
 
 def micro_batches(pairs, tokens):

@@ -114,8 +114,8 @@ def test_only_sampled_tokens_are_in_the_loss(model):
     assert where.min() == len(pair.prefix) - 1
 
 
-def test_chunked_logps_equal_autograds(monkeypatch):
-    monkeypatch.setattr(refuel.SelectedLogps, "CHUNK", 3)
+def test_blocked_logps_equal_autograds(monkeypatch):
+    monkeypatch.setattr(refuel.SelectedLogps, "BLOCK", (3, 4))  # of 8 tokens and 11 words
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(8, 5, generator=g, requires_grad=True), torch.randn(11, 5, generator=g).requires_grad_()
     target, up = torch.randint(11, (8,), generator=g), torch.randn(8, generator=g)
@@ -127,7 +127,7 @@ def test_chunked_logps_equal_autograds(monkeypatch):
 
 
 def test_no_tensor_of_all_tokens_by_the_vocabulary_lives(model, monkeypatch):
-    monkeypatch.setattr(refuel.SelectedLogps, "CHUNK", 16)
+    monkeypatch.setattr(refuel.SelectedLogps, "BLOCK", (16, 30))
     pairs, kept = random_pairs(40), []
     tokens = sum(len(p.y) + len(p.y2) for p in pairs)
 
