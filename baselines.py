@@ -165,7 +165,7 @@ def rows(results, cfg):
             last = {r["iteration"]: r["seconds"] for r in log if r["phase"] == "regress"}
             row["pairs"] = sum(r["pairs"] for r in collected)
             row["minutes"] = round((sum(r["seconds"] for r in collected) + sum(last.values())) / 60, 2)
-            row["paper"] = PAPER.get(method)
+            row["paper"] = PAPER.get(method) if len(row["win"]) == len(WEIGHTS) else None
         if len(row["win"]) == len(WEIGHTS):
             row["weighted"] = round(float(np.dot(row["win"], WEIGHTS)), 4)
     return results
@@ -174,7 +174,8 @@ def rows(results, cfg):
 def table(results):
     """Table 1 as Markdown, the paper's numbers in brackets behind ours."""
     turns = range(1, len(results["base"]["win"]) + 1)
-    lines = ["| method | " + " | ".join(f"h = {h}" for h in turns) + " | average | weighted | reward | KL | pairs | min |"]
+    heads = " | ".join(f"h = {h}" for h in turns) if len(turns) > 1 else "whole dialogue"
+    lines = ["| method | " + heads + " | average | weighted | reward | KL | pairs | min |"]
     lines.append("|---" * (len(turns) + 7) + "|")
     for name, r in results.items():
         paper = r.get("paper") or [None] * (len(turns) + 1)
@@ -186,13 +187,14 @@ def table(results):
     return "\n".join(lines)
 
 
-def differences(played, reward):
+def differences(played, reward, whole=False):
     """Paired differences of win rates, with intervals over dialogues: same openings, same users."""
     lines = ["| difference | per turn | average |", "|---|---|---|"]
     judge = evaluate.by_reward(reward)
     for a, b in DIFFERENCES:
         if a in played and b in played:
-            d_NH = 100 * (evaluate.judged(played[a], played["base"], judge) - evaluate.judged(played[b], played["base"], judge))
+            against = [evaluate.judged(played[name], played["base"], judge, whole) for name in (a, b)]
+            d_NH = 100 * (against[0] - against[1])
             low, high = evaluate.bootstrap(d_NH.mean(1, keepdims=True))[:, 0]
             turns = ", ".join(f"{x:+.1f}" for x in d_NH.mean(0))
             lines.append(f"| {a} - {b} | {turns} | {d_NH.mean():+.1f} [{low:+.1f}, {high:+.1f}] |")
@@ -282,7 +284,8 @@ def run(methods, cfg):
     rows(results, cfg)
     curve = curves(done, cfg, speakers)
     if rank() == 0:
-        text = f"{table(results)}\n\n{differences(played, speakers[2])}\n"
+        paired = differences(played, speakers[2], cfg.user == "dataset")
+        text = f"{table(results)}\n\n{paired}\n"
         text += ("\nWin rate against base in %, ties half, 95 % bootstrap intervals over "
                  f"{results['base']['dialogues']} dialogues, the paper's Table 1 in brackets; weighted: by the offline "
                  "data's shares of lengths, 76.9, 12.1, 6.4, 3.2 and 1.4 %; reward: mean over the turns.\n")  # fmt: skip

@@ -21,8 +21,17 @@ def train_prompts(cfg, tokenizer, t):
     pool = load_split(cfg, "train", tokenizer)
     if cfg.num_prompts > len(pool):
         raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(pool)} training prompts")
-    rows = random.Random(seed_for(cfg.seed, "prompts", t)).sample(range(len(pool)), cfg.num_prompts)
-    return [Dialogue.start(tokenizer, pool[i].text, pool[i].secret) for i in rows]
+    prompts = [pool[i] for i in draw("prompts", len(pool), cfg, t)]
+    return [Dialogue.start(tokenizer, p.text, p.secret, limit=p.limit) for p in prompts]
+
+
+def draw(what, size, cfg, t):
+    """cfg.num_prompts of `size` rows for iteration t: setting one draws from all of them in each iteration, setting two
+    goes through all of them (but the last few) before any comes again, pass after pass in another order."""
+    iterations = size // cfg.num_prompts if cfg.policy_every else 1
+    done, part = divmod(t - 1, iterations)
+    rows = random.Random(seed_for(cfg.seed, what, done + 1)).sample(range(size), iterations * cfg.num_prompts)
+    return rows[part * cfg.num_prompts :][: cfg.num_prompts]
 
 
 def offline_prompts(cfg, tokenizer, t):
@@ -32,7 +41,7 @@ def offline_prompts(cfg, tokenizer, t):
     logs = range(toy.POOL["train"]) if cfg.dataset == "toy" else load_data(*data_key(cfg, tokenizer)).logs
     if cfg.num_prompts > len(logs):
         raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(logs)} dialogues")
-    rows = random.Random(seed_for(cfg.seed, "offline", t)).sample(range(len(logs)), cfg.num_prompts)
+    rows = draw("offline", len(logs), cfg, t)
     if cfg.dataset == "toy":
         return toy.offline_dialogues(tokenizer, rows)
     return [replay(tokenizer, logs[i]) for i in rows]
@@ -43,7 +52,7 @@ def test_prompts(cfg, tokenizer):
     pool = load_split(cfg, "test", tokenizer)
     if cfg.eval_dialogues > len(pool):
         raise BadInput(f"--eval-dialogues {cfg.eval_dialogues}: {cfg.dataset} has only {len(pool)} test prompts")
-    return [Dialogue.start(tokenizer, p.text, p.secret, (cfg.seed, "test", i))
+    return [Dialogue.start(tokenizer, p.text, p.secret, (cfg.seed, "test", i), p.limit)
             for i, p in enumerate(pool[: cfg.eval_dialogues])]  # fmt: skip
 
 
@@ -54,6 +63,11 @@ def load_split(cfg, split, tokenizer):
 
         return toy.load_prompts(split)
     return getattr(load_data(*data_key(cfg, tokenizer)), split)
+
+
+def is_hh(name):
+    """Whether a data set's name or path says that it is Anthropic-HH."""
+    return re.search(r"(?i)(?<![a-z])hh(?![a-z])", name) is not None
 
 
 DATASETS = {"ultrainteract": "openbmb/UltraInteract_pair", "hh": "Anthropic/hh-rlhf"}
@@ -111,8 +125,8 @@ def load_data(name, tokenizer_path, fixed, max_turns, longest):
         if why:
             dropped[why] += 1
         else:
-            secret = list(log.questions[1:]) if fixed else None
-            prompts.setdefault(log.questions[0], []).append(Prompt(log.questions[0], secret))
+            more = (list(log.questions[1:]), (caps or ULTRAINTERACT_CAPS[len(log.questions)])[1]) if fixed else ()
+            prompts.setdefault(log.questions[0], []).append(Prompt(log.questions[0], *more))
     order = sorted({log.questions[0] for log in logs}, key=lambda text: seed_for("split", text))
     cut = min(HELD_OUT, len(order) // 5)
     test, train = ([p for x in part for p in prompts.get(x, ())] for part in (order[:cut], order[cut:]))
@@ -169,6 +183,7 @@ def too_long(tokenizer, logs, fixed, max_turns, longest, caps):
     if not fixed:
         counts = token_counts(tokenizer, [d.questions[0] for d in logs])
         return ["prompt too long" if first + n > longest else None for n in counts]
+    max_turns = min(max_turns, len(ULTRAINTERACT_CAPS))
     short = [d for d in logs if len(d.questions) <= max_turns]
     counts = iter(token_counts(tokenizer, [t for d in short for t in (*d.questions, *d.answers, d.chosen)]))
     reasons = []
@@ -178,7 +193,7 @@ def too_long(tokenizer, logs, fixed, max_turns, longest, caps):
             reasons.append(f"more than {max_turns} turns")
             continue
         questions, answers = [next(counts) for _ in range(H)], [next(counts) for _ in range(H)]
-        question_cap, answer_cap = caps or ULTRAINTERACT_CAPS[min(H, 5)]
+        question_cap, answer_cap = caps or ULTRAINTERACT_CAPS[H]
         over = max(n + (more if h else first) for h, n in enumerate(questions)) > question_cap
         reasons.append("question too long" if over else "answer too long" if max(answers) > answer_cap else None)
     return reasons

@@ -5,7 +5,8 @@
 
 A policy is a run's folder (its last iteration), a Hugging Face folder or a hub id. Every policy plays the same openings
 with the same user and the same random streams, for max_turns turns; the judge compares, at each turn h, the
-conversations' first h turns. A tie counts half. Intervals are 95 % bootstraps over dialogues, since the turns of one
+conversations' first h turns. Where the data asks its own questions (setting two) a dialogue has as many turns as
+questions, and whole dialogues are compared (section 4.3). A tie counts half. Intervals are 95 % bootstraps over dialogues, since the turns of one
 dialogue are not independent. Judges: the reward model, the toy world's own reward, or a language model that is asked in
 both orders, at an OpenAI-compatible URL (key: OPENAI_API_KEY) or from a checkpoint in this process.
 
@@ -46,10 +47,16 @@ def by_reward(reward):
     return judge
 
 
-def judged(a, b, judge):
-    """The judge's verdicts on dialogues a against b, at each turn: (N, H) in {0, 1/2, 1}."""
-    turns = min(len(d.spans) for d in [*a, *b])
-    return np.stack([judge([d.until(h) for d in a], [d.until(h) for d in b]) for h in range(1, turns + 1)], axis=1)
+def stages(dialogues, whole=False):
+    """What is judged and scored, a list of conversations a column: the first h turns, h = 1..H, or (whole) dialogues of
+    any lengths as they ended."""
+    turns = min(len(d.spans) for d in dialogues)
+    return [dialogues] if whole else [[d.until(h) for d in dialogues] for h in range(1, turns + 1)]
+
+
+def judged(a, b, judge, whole=False):
+    """The judge's verdicts on dialogues a against b, at each turn: (N, H) in {0, 1/2, 1}; (N, 1) of whole ones."""
+    return np.stack([judge(x, y) for x, y in zip(stages(a, whole), stages(b, whole))], axis=1)
 
 
 def fits(reward, dialogues):
@@ -87,20 +94,23 @@ def length_controlled(verdict_N, difference_N, ridge=1e-2):
     return 100 / (1 + np.exp(-weight_2[0]))
 
 
-def lengths(dialogues, turns):
-    """Tokens of each answer: (N, H)."""
-    return np.array([[end - start for start, end in d.spans[:turns]] for d in dialogues], dtype=float)
+def lengths(dialogues, whole=False):
+    """Tokens of all answers that are seen at each stage: (N, H)."""
+    tokens = lambda d: sum(end - start for start, end in d.spans)  # noqa: E731
+    return np.array([[tokens(d) for d in stage] for stage in stages(dialogues, whole)], dtype=float).T
 
 
-def summary(dialogues, reference, judge, reward):
+def summary(dialogues, reference, judge, reward, whole=False):
     """One row of results.json: a policy's dialogues against the reference's, from the same openings."""
     before = Counter(getattr(judge, "counts", ()))
-    verdict_NH = 100 * judged(dialogues, reference, judge)
+    verdict_NH = 100 * judged(dialogues, reference, judge, whole)
     win_H, (low_H, high_H) = verdict_NH.mean(0), bootstrap(verdict_NH)
-    reward_NH = np.stack([reward([d.until(h + 1) for d in dialogues]) for h in range(len(win_H))], axis=1)
+    reward_NH = np.stack([reward(stage) for stage in stages(dialogues, whole)], axis=1)
     avg_low, avg_high = bootstrap(verdict_NH.mean(1, keepdims=True))[:, 0]
-    length_NH = lengths(dialogues, len(win_H))
-    longer_NH = np.cumsum(length_NH - lengths(reference, len(win_H)), axis=1)  # what the judge saw at turn h
+    seen_NH = lengths(dialogues, whole)  # what the judge saw at turn h
+    turns_N = np.array([len(d.spans) for d in dialogues])
+    length_NH = seen_NH / turns_N[:, None] if whole else np.diff(seen_NH, axis=1, prepend=0)  # tokens an answer
+    longer_NH = seen_NH - lengths(reference, whole)
     controlled_H = np.array([length_controlled(v, x) for v, x in zip(verdict_NH.T / 100, longer_NH.T)])
     row = {"win": win_H, "low": low_H, "high": high_H, "avg": win_H.mean(), "avg_low": avg_low, "avg_high": avg_high,
            "win_controlled": controlled_H, "avg_controlled": controlled_H.mean(), "length": length_NH.mean(0),
@@ -117,14 +127,15 @@ def summary(dialogues, reference, judge, reward):
 
 
 def dialogue_logps(model, dialogues, temperature, tokens=16384):
-    """ln pi of each answer's sampled tokens given all before it, summed over the answer: (N, H) float64.
+    """ln pi of each answer's sampled tokens given all before it, summed over the answer: (N, H) float64, 0 where a
+    dialogue has no such answer.
 
     One forward over a dialogue's ids gives all its turns; `tokens` bounds a forward. Ranks share the dialogues, and
     every rank runs the same number of forwards, else FSDP would wait for ever."""
     import refuel
     import torch
 
-    device, H = next(model.parameters()).device, min(len(d.spans) for d in dialogues)
+    device, H = next(model.parameters()).device, max(len(d.spans) for d in dialogues)
     forward = getattr(model, "token_logps", None) or functools.partial(refuel.token_logps, model)
     order = sorted(range(len(dialogues)), key=lambda i: -len(dialogues[i].ids))
     groups = []
@@ -138,7 +149,8 @@ def dialogue_logps(model, dialogues, temperature, tokens=16384):
         ids_RT = torch.tensor([dialogues[i].ids + [0] * (T - len(dialogues[i].ids)) for i in group], device=device)
         mask_11TT = torch.full((T, T), torch.finfo(torch.float32).min, device=device).triu(1)[None, None]
         position_RT = torch.arange(T, device=device).expand(len(group), T)
-        at = [(i, h, r * T + t) for r, i in enumerate(group) for h in range(H) for t in range(*dialogues[i].spans[h])]
+        at = [(i, h, r * T + t) for r, i in enumerate(group)
+              for h, span in enumerate(dialogues[i].spans) for t in range(*span)]  # fmt: skip
         row, turn, where_N = (torch.tensor(x, device=device) for x in zip(*at))
         with torch.no_grad():
             logp_N = forward(ids_RT, position_RT, mask_11TT, where_N - 1, ids_RT.flatten()[where_N], temperature)
@@ -376,8 +388,29 @@ def kind(path):
     return {k: v for k, v in config.items() if k not in names}, tokenizer.get_vocab(), tokenizer.chat_template
 
 
+def shared(reward):
+    """The reward model with its work shared over the ranks and done once for each conversation; to be called by all
+    ranks alike."""
+    import refuel
+    import torch
+
+    known = {}
+
+    def scores(dialogues):
+        keys = [tuple(m["content"] for m in d.messages) for d in dialogues]
+        new = dict((key, d) for key, d in zip(keys, dialogues) if key not in known)
+        mine = slice(rank(), None, world())
+        score_N = torch.zeros(len(new), dtype=torch.float64)
+        score_N[mine] = torch.tensor(reward(list(new.values())[mine]), dtype=torch.float64)
+        known.update(zip(new, refuel.add_up(score_N).tolist()))
+        return [known[key] for key in keys]
+
+    return scores
+
+
 def play(file, path, prompts, policy, user, cfg):
-    """cfg.max_turns turns of the checkpoint at `path` from each opening, kept in `file`; played once.
+    """All turns of the checkpoint at `path` from each opening, cfg.max_turns or one for each of the data's own
+    questions; kept in `file`, played once.
 
     `policy` is an engine that takes the checkpoint's weights; another kind of model (Llama 3.1 beside 3: equal shapes,
     other positions) gets an engine of its own."""
@@ -388,10 +421,11 @@ def play(file, path, prompts, policy, user, cfg):
             policy.update(read_weights(path))
         else:
             policy = simulator.load_engine(path, cfg)
-            prompts = [Dialogue.start(policy.tokenizer, p.messages[0]["content"], p.secret, p.stream) for p in prompts]
+            prompts = [Dialogue.start(policy.tokenizer, p.messages[0]["content"], p.secret, p.stream, p.limit) for p in prompts]
 
     def wave(rows, _):
-        dialogues = rollout(rows, policy, user, [cfg.max_turns] * len(rows))
+        turns = [1 + len(d.secret) if cfg.user == "dataset" else cfg.max_turns for d in rows]
+        dialogues = rollout(rows, policy, user, turns)
         simulator.check_failures(sum(d.failed == "user" for d in dialogues), len(rows), cfg)
         return [vars(d) for d in dialogues]
 
@@ -414,11 +448,11 @@ def evaluate(policies, folder, policy, user, reward, cfg, judge=None, kl=True):
     whole = [i for i in range(len(prompts)) if not any(row[i] for row in bad)]
     if not whole:
         raise BadInput("every evaluation dialogue failed")
-    played = {name: [dialogues[i] for i in whole] for name, dialogues in played.items()}
+    played, scores = {name: [dialogues[i] for i in whole] for name, dialogues in played.items()}, shared(reward)
     divergence = kl_to_reference(paths, played, cfg) if kl else {}
     results = {}
     for name, dialogues in played.items():
-        results[name] = summary(dialogues, played["base"], judge or by_reward(reward), reward)
+        results[name] = summary(dialogues, played["base"], judge or by_reward(scores), scores, cfg.user == "dataset")
         results[name] |= divergence.get(name, {})
         results[name] |= {"failed": len(prompts) - len(whole), "command": " ".join(["python", *sys.argv])}
         if rank() == 0:
@@ -435,7 +469,8 @@ def evaluate(policies, folder, policy, user, reward, cfg, judge=None, kl=True):
 def table(results):
     """The results as a Markdown table: win rate with its interval, and mean reward, for h = 1..H."""
     turns = range(1, len(next(iter(results.values()))["win"]) + 1)
-    lines = ["| win rate, % | " + " | ".join(f"h = {h}" for h in turns) + " | average |", "|---" * (len(turns) + 2) + "|"]
+    heads = " | ".join(f"h = {h}" for h in turns) if len(turns) > 1 else "whole dialogue"
+    lines = [f"| win rate, % | {heads} | average |", "|---" * (len(turns) + 2) + "|"]
     for name, r in results.items():
         cells = [f"{w:.1f} [{a:.1f}, {b:.1f}]" for w, a, b in zip(r["win"], r["low"], r["high"])]
         cells.append(f"{r['avg']:.1f} [{r['avg_low']:.1f}, {r['avg_high']:.1f}]")
@@ -505,6 +540,7 @@ def report(results, played, reward, folder):
 def after_training(cfg, policy, user, reward):
     """The end of refuel.py: every iteration's policy against the reference."""
     policies = {f"iter_{t}": os.path.join(cfg.out, f"iter_{t}", "policy") for t in range(1, cfg.iterations + 1)}
+    policies = {name: path for name, path in policies.items() if os.path.isdir(path)}  # setting two keeps every N-th
     results, played = evaluate(policies, cfg.out, policy, user, reward, cfg)
     if rank() == 0:
         report(results, played, reward, cfg.out)
@@ -548,12 +584,12 @@ def named(arguments):
     return policies
 
 
-def load_judge(name, model, reward, cfg):
-    """The judge that --judge names; cfg.out keeps a language model's replies."""
-    wording = ANTHROPIC_HH if re.search(r"(?i)(?<![a-z])hh(?![a-z])", cfg.dataset) else ULTRAINTERACT
+def load_judge(name, model, cfg):
+    """The judge that --judge names, None for the reward; cfg.out keeps a language model's replies."""
+    wording = ANTHROPIC_HH if data.is_hh(cfg.dataset) else ULTRAINTERACT
     folder = os.path.join(cfg.out, "verdicts")
     if name == "reward":
-        return by_reward(reward)
+        return None
     if name == "world":
         if cfg.setting != "toy":
             raise BadInput("--judge world: only the toy's world knows what is right")
@@ -580,7 +616,7 @@ def main(argv=None):
         simulator.check_user(cfg), rewards.check_reward(cfg)
         claim(cfg.out, {"base": cfg.reference, **policies}, cfg)
         user, reward = simulator.load_user(cfg), rewards.load_reward(cfg)
-        judge = load_judge(judge, judge_model, reward, cfg)
+        judge = load_judge(judge, judge_model, cfg)
         policy = simulator.load_engine(cfg.reference, cfg)
         results, played = evaluate(policies, cfg.out, policy, user, reward, cfg, judge)
         if rank() == 0:

@@ -3,6 +3,7 @@
     python refuel.py --setting toy                                  a laptop, minutes
     torchrun --nproc_per_node 2 refuel.py --setting toy             the same on two processes
     torchrun --nproc_per_node 8 refuel.py --setting one             section 4.2
+    torchrun --nproc_per_node 8 refuel.py --setting two --dataset hh       section 4.3 (or ultrainteract)
 
 The policy talks with a user (roll-in), the conversation is reset to a turn h and continued a second time, and the
 policy is fitted so that its log-ratio explains the difference of the two conversations' rewards (Eq. 1).
@@ -24,6 +25,7 @@ if not shutil.which("nvidia-smi"):
 import argparse
 import contextlib
 import ctypes
+import glob
 import json
 import math
 import signal
@@ -69,22 +71,28 @@ class Config:
     engine: str  # vllm, transformers, or auto: vllm where it is installed
     out: str  # the run's folder
     seed: int
-    iterations: int  # T of Algorithm 1
+    iterations: int  # T of Algorithm 1; 0, in setting two: as many as one pass over the training prompts has
     num_prompts: int  # prompts an iteration; each gives at most one pair
+    # 0, setting one: every iteration is a training of its own and draws from all prompts. N, setting two: iterations are
+    # the updates of one training (one optimiser, one schedule, prompts pass by pass), and every N-th policy is kept.
+    policy_every: int
     max_turns: int  # H ~ U(max_turns), section 4.2
     max_new_tokens: int  # a turn of the assistant
     max_length: int  # the engine's context: a dialogue that may outgrow it is dropped and counted
     max_dialogue: int  # section 4.2: a finished dialogue of more tokens is dropped, y's and y''s by one rule
     temperature: float  # of sampling and of ln pi in the loss, which must agree; no top-p, no top-k
     eta: float  # Eq. 1
+    gamma: float  # Eq. 11: the weight of ln pi_t/pi_0 in the reward
+    penalty: float  # Eq. 11's Gamma: the reward of a dialogue with an answer that was cut; 0: it keeps its score
+    train_layers: int  # the last so many layers learn, all else is frozen; 0: everything learns
     lr: float
-    warmup: float  # share of the steps; then a cosine to 0
+    warmup: float  # share of the steps; then a cosine to 0. Setting two: none, and linear to 0 over the updates
     weight_decay: float
     batch_size: int  # pairs a step, over all ranks
     epochs: int  # passes over an iteration's pairs
     micro_tokens: int  # tokens a forward and backward on one rank
     activation_checkpointing: bool
-    checkpoint_steps: int  # steps between two saved training states
+    checkpoint_steps: int  # steps (setting two: updates) between two saved training states
     snapshot_steps: int  # steps between two policies kept for Figure 2; 0: none
     wave: int  # dialogues that an engine plays at once: the unit of work, of seeds and of resuming
     eval_dialogues: int  # section 4.2: 500; more here, since one turn's interval is 4.4 points wide at 500
@@ -95,8 +103,9 @@ SETTINGS = {
     "toy": dict(
         policy="toy", reference="toy", user="toy", reward="toy", dataset="toy", engine="auto", out="runs/toy", seed=0,
         user_model="", user_temperature=0.8, user_tokens=64, max_failures=0.05, reward_tokens=256, max_dialogue=256,
-        iterations=2, num_prompts=4096, max_turns=5, max_new_tokens=16, max_length=256, temperature=1.0,
-        eta=30.0, lr=1e-4, warmup=0.1, weight_decay=1e-6, batch_size=32, epochs=1, micro_tokens=4096,
+        iterations=2, num_prompts=4096, policy_every=0, max_turns=5, max_new_tokens=16, max_length=256, temperature=1.0,
+        eta=30.0, gamma=0.0, penalty=0.0, train_layers=0, lr=1e-4, warmup=0.1, weight_decay=1e-6, batch_size=32,
+        epochs=1, micro_tokens=4096,
         activation_checkpointing=False, checkpoint_steps=50, snapshot_steps=0, wave=512, eval_dialogues=1000,
     ),
     "one": dict(
@@ -108,18 +117,44 @@ SETTINGS = {
         max_failures=0.05,  # ours: the released code takes any reply
         reward="RLHFlow/ArmoRM-Llama3-8B-v0.1", reward_tokens=4096,  # section 4.2; the length is the released code's
         dataset="ultrainteract", engine="auto", out="runs/one", seed=0,
-        iterations=2,  # section 4.2
+        iterations=2, policy_every=0,  # section 4.2
         num_prompts=64_000,  # the released README's episodes, before what is dropped
         max_turns=5,  # section 4.2: H ~ U(5)
         max_new_tokens=1024, temperature=0.8,  # the released README
         max_length=8192,  # Llama 3's context: evaluation has no limit of its own
         max_dialogue=2048,  # sections 4.2 and C.4
         eta=1e3, lr=3e-7, warmup=0.1, weight_decay=1e-6, batch_size=128, epochs=1,  # the released README; C.3
+        gamma=0.0, penalty=0.0, train_layers=0,  # C.1: Eq. 11 is setting two's, and all layers are trained
         micro_tokens=8192, activation_checkpointing=True,  # ours: one forward and backward in 80 GB
         checkpoint_steps=50, snapshot_steps=0, wave=512,
         eval_dialogues=500,  # section 4.2
     ),
+    "two": dict(
+        policy="meta-llama/Meta-Llama-3-8B-Instruct",  # section 4.3
+        reference="meta-llama/Meta-Llama-3-8B-Instruct",
+        user="dataset",  # section 4.3: the data's own questions, as many as there are
+        user_model="", user_temperature=1.0, user_tokens=1024, max_failures=0.05,  # no model speaks for the user
+        reward="sfairXC/FsfairX-LLaMA3-RM-v0.1", reward_tokens=4096,  # section 4.3; no dialogue reaches that length
+        dataset="ultrainteract", engine="auto", out="runs/two", seed=0,
+        num_prompts=32, batch_size=32,  # C.1: |D| = 32
+        iterations=0,  # C.1: one pass over the data
+        epochs=4,  # the released code: four steps on each |D|; the paper's one epoch is the pass over the data
+        policy_every=500, checkpoint_steps=20,  # ours: a policy takes 32 GB, a training state 10
+        max_turns=5, max_dialogue=3200,  # section 4.3; C.4 (section 4.3 itself says 2,048 tokens)
+        max_new_tokens=1024,  # Table 5; fewer for dialogues of more turns, see data.ULTRAINTERACT_CAPS
+        max_length=4352,  # ours: 3,200 and the longest answer
+        temperature=1.0,  # the released code
+        eta=1.0, lr=3e-7, weight_decay=1e-6,  # the released README; linear to 0 as the released code
+        gamma=0.0, penalty=-4.0,  # the released README for UltraInteract
+        train_layers=4,  # C.1
+        warmup=0.0, micro_tokens=8192, activation_checkpointing=True, snapshot_steps=0,
+        wave=4,  # ours: 8 ranks share 32 prompts
+        eval_dialogues=500,  # section 4.3
+    ),
 }  # fmt: skip
+# Where the data set's name says hh (a hub id or a path does as well), the values of setting two that differ: C.4 and the
+# released README.
+HH = {"two": dict(max_new_tokens=512, gamma=0.05, penalty=-10.0)}
 
 
 class Pair(NamedTuple):
@@ -135,6 +170,7 @@ class Pair(NamedTuple):
     H: int
     dialogues: tuple = None  # the two finished conversations, for inspection
     logps: tuple = None  # ln pi_t of y and y', by the trainer's own weights before the first step
+    base_logps: tuple = None  # the same under pi_0, where Eq. 11 asks for it
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -207,12 +243,24 @@ def refuel_loss(logp_2B, old_logp_2B, reward_2B, eta):
     return residual_B.square().mean()
 
 
-def regress(model, optimizer, pairs, cfg, loss_fn=refuel_loss, first_step=0, after_step=None):
+def regularised(pair, cfg):
+    """Eq. 11: the pair with r = RM - gamma (ln pi_t/pi_0) in place of RM, or r = Gamma where an answer was cut.
+
+    The log-ratio is that of the response at turn h, the one that is trained: every turn pays for itself when it is
+    drawn. Paper: "any generation" that exceeds the limit; here any from turn h on, since what was cut before is common
+    to both and would hide their difference. (Released code: turn h alone is looked at, an answer that ends with its
+    last permitted token counts as cut, and the KL term is added to Gamma as well.)"""
+    r = [s - cfg.gamma * (logp - logp_0) for s, logp, logp_0 in zip(pair.rewards, pair.logps, pair.base_logps)]
+    cut = [cfg.penalty != 0 and any(d.truncated[pair.h - 1 :]) for d in pair.dialogues]
+    return pair._replace(rewards=tuple(cfg.penalty if c else x for c, x in zip(cut, r)))
+
+
+def regress(model, optimizer, pairs, cfg, loss_fn=refuel_loss, first_step=0, after_step=None, t=1):
     """Line 4: fit pi to the relative future by minibatch descent on the mean of loss_fn over the pairs.
 
     Every rank holds all pairs and takes its share of each batch; gradients are averaged by FSDP. Returns the last
     step's metrics (defined in the README); after_step(step, metrics) is called after each step, and a training that
-    was stopped goes on from first_step."""
+    was stopped goes on from first_step. t: the iteration, for the learning rate."""
     if pairs[0].logps is None:
         pairs = with_old_logps(model, pairs, cfg)
     model.train()
@@ -221,7 +269,7 @@ def regress(model, optimizer, pairs, cfg, loss_fn=refuel_loss, first_step=0, aft
     for step, batch in tqdm(list(enumerate(steps))[first_step:], desc="regress", disable=rank() > 0):
         start = time.time()
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * lr_factor(step / len(steps), cfg.warmup)
+            group["lr"] = learning_rate(cfg, t, step / len(steps))
         sums = torch.zeros(7)
         for micro, share in micro_batches([pairs[i] for i in batch], cfg.micro_tokens):
             logp_2B = pair_logps(model, micro, cfg.temperature)
@@ -246,28 +294,28 @@ def regress(model, optimizer, pairs, cfg, loss_fn=refuel_loss, first_step=0, aft
 def train(cfg, speakers=None, prompts_of=data.train_prompts, collect=collect, loss_fn=refuel_loss):
     """Lines 1 to 5: T times collect and regress. A finished stage is read from the run's folder, not done again.
 
-    The baselines are this loop with other prompts, another collect, another loss. Returns the speakers (policy's
-    engine, user, reward), which live on: an engine is started once."""
-    start = latest_policy(cfg)
-    if speakers:
-        speakers[0].update(simulator.read_weights(start))
-    else:
-        speakers = load_speakers(start, cfg)
-    policy, user, reward = speakers
-    model = load_policy(start, cfg)
-    for t in range(1, cfg.iterations + 1):
+    The baselines are this loop with other prompts, another collect, another loss. In setting two an iteration is a
+    small update, and all of them are one training with one optimiser. Returns the speakers (policy's engine, user,
+    reward), which live on: an engine is started once."""
+    pi_1, stale = simulator.find_checkpoint(cfg.policy), speakers is not None
+    policy, user, reward = speakers = speakers or load_speakers(pi_1, cfg)
+    model = load_policy(pi_1, cfg)
+    pi_0 = {name: p.clone() for name, p in learned_weights(model).items()} if cfg.gamma else None
+    optimizer = make_optimizer(model, cfg)
+    done = resume(model, optimizer, cfg)
+    if stale or done:  # an engine that has just loaded pi_1 needs no other weights
+        policy.update(full_weights(model))
+    for t in range(done + 1, cfg.iterations + 1):
         folder = os.path.join(cfg.out, f"iter_{t}")
-        if os.path.isdir(os.path.join(folder, "policy")):
-            remove_training(folder)
-            continue
         prompts = prompts_of(cfg, policy.tokenizer, t)
         pairs = collected(folder, partial(collect, policy=policy, user=user, reward=reward, cfg=cfg), prompts, cfg, t)
-        pairs = remembered_logps(folder, model, pairs, cfg)
-        optimizer = make_optimizer(model, cfg)
+        pairs = remembered_logps(folder, model, pi_0, pairs, cfg, t)
+        if not cfg.policy_every:
+            optimizer = make_optimizer(model, cfg)
         first_step = load_training(folder, model, optimizer)
-        regress(model, optimizer, pairs, cfg, loss_fn, first_step, Keeper(folder, model, optimizer, cfg, t))
-        save_policy(os.path.join(folder, "policy"), model, start)
-        remove_training(folder)
+        regress(model, optimizer, [regularised(p, cfg) for p in pairs], cfg, loss_fn, first_step,
+                Keeper(folder, model, optimizer, cfg, t), t)  # fmt: skip
+        finish(folder, model, optimizer, cfg, t, pi_1)
         policy.update(full_weights(model))
     return speakers
 
@@ -284,11 +332,14 @@ def batches(n, cfg):
         yield from (order[i : i + cfg.batch_size].tolist() for i in range(0, n, cfg.batch_size))
 
 
-def lr_factor(progress, warmup):
-    """Linear warm-up, then a cosine to 0; progress in [0, 1). The first step already moves."""
-    if progress < warmup:
-        return (progress + 1e-3) / (warmup + 1e-3)
-    return 0.5 + 0.5 * math.cos(math.pi * (progress - warmup) / (1 - warmup))
+def learning_rate(cfg, t, progress):
+    """Setting one: in every iteration a linear warm-up, then a cosine to 0; progress in [0, 1), and the first step
+    already moves. Setting two: linear to 0 over the iterations, all steps of an iteration alike."""
+    if cfg.policy_every:
+        return cfg.lr * (1 - (t - 1) / cfg.iterations)
+    if progress < cfg.warmup:
+        return cfg.lr * (progress + 1e-3) / (cfg.warmup + 1e-3)
+    return cfg.lr * (0.5 + 0.5 * math.cos(math.pi * (progress - cfg.warmup) / (1 - cfg.warmup)))
 
 
 def make_optimizer(model, cfg):
@@ -430,14 +481,17 @@ class SelectedLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_N):
         hidden_ND, weight_VD, target_N, lse_N = ctx.saved_tensors
-        grad_hidden_ND, grad_weight_VD = (torch.zeros_like(x, dtype=torch.float32) for x in (hidden_ND, weight_VD))
+        learns = ctx.needs_input_grad[1]  # setting two leaves the head as it is
+        grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if learns else None
         for c, w, logits_cw, column_c1, inside_c in SelectedLogps.blocks(*ctx.saved_tensors[:3], ctx.temperature):
             p_cw = logits_cw.sub_(lse_N[c, None]).exp_()
             grad_cw = p_cw.neg_().scatter_add_(1, column_c1, inside_c[:, None])
             grad_cw = grad_cw.mul_(grad_N[c, None] / ctx.temperature).to(hidden_ND.dtype)
             grad_hidden_ND[c] += grad_cw @ weight_VD[w]
-            grad_weight_VD[w] += grad_cw.T @ hidden_ND[c]
-        return grad_hidden_ND.to(hidden_ND.dtype), grad_weight_VD.to(weight_VD.dtype), None, None
+            if learns:
+                grad_weight_VD[w] += grad_cw.T @ hidden_ND[c]
+        return grad_hidden_ND.to(hidden_ND.dtype), grad_weight_VD.to(weight_VD.dtype) if learns else None, None, None
 
 
 def micro_batches(pairs, tokens):
@@ -507,6 +561,9 @@ def load_policy(path, cfg):
     config = AutoConfig.from_pretrained(path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    if cfg.train_layers:  # Paper: the last four layers. (Released code: the last norm and lm_head besides.)
+        model.requires_grad_(False)
+        model.model.layers[-cfg.train_layers :].requires_grad_(True)
     if cfg.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     shard(model)
@@ -535,6 +592,26 @@ def shard(model):
     model.token_logps = MethodType(token_logps, model)
     fully_shard(model, **options)
     register_fsdp_forward_method(model, "token_logps")
+
+
+def learned_weights(model):
+    """This rank's part of the weights that learn, live: {name: plain tensor}."""
+    learned = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.to_local() if hasattr(p, "to_local") else p for name, p in learned.items()}
+
+
+@contextlib.contextmanager
+def exchanged(model, weights):
+    """Within it the model is the one of these weights: pi_0 without a second model. What is frozen is common to both, so
+    the price is a copy of what learns (one eighth of the last four layers, 0.4 GB, on each of 8 ranks) and one more
+    forward of an update's pairs."""
+    live = learned_weights(model)
+    own = {name: p.clone() for name, p in live.items()}
+    for name, p in live.items():
+        p.copy_(weights[name])
+    yield
+    for name, p in live.items():
+        p.copy_(own[name])
 
 
 @torch.no_grad()
@@ -587,6 +664,8 @@ def training_state(model, optimizer):
     """This rank's part of weights and AdamW state as plain tensors {name: tensor}, aliasing the live ones."""
     state = {}
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         moments = {k: v for k, v in optimizer.state.get(p, {}).items()} | {"weight": p.data}
         for key, value in moments.items():
             state[f"{name}/{key}"] = value.to_local() if hasattr(value, "to_local") else value
@@ -695,27 +774,66 @@ def pair_from_json(row):
     return Pair(**row | {"rewards": tuple(row["rewards"]), "dialogues": tuple(Dialogue(**d) for d in row["dialogues"])})
 
 
-def remembered_logps(folder, model, pairs, cfg):
-    """The pairs with ln pi_t, from the file if the iteration was stopped after they had been computed."""
+def remembered_logps(folder, model, pi_0, pairs, cfg, t):
+    """The pairs with ln pi_t, and ln pi_0 for Eq. 11, from the file if the iteration was stopped after they had been
+    computed."""
     path = os.path.join(folder, "logps.jsonl")
-    if os.path.exists(path):
-        return [p._replace(logps=tuple(row)) for p, row in zip(pairs, simulator.read_lines(path), strict=True)]
-    pairs = with_old_logps(model, pairs, cfg)
-    # how far the engine that sampled is from the weights that are trained: 1e-5 in float32; stale weights show here
-    gaps = [abs(d.logps[p.h - 1] - logp) / max(1, len(y)) for p in pairs
-            for d, logp, y in zip(p.dialogues, p.logps, (p.y, p.y2))]  # fmt: skip
-    if rank() == 0:
-        if math.isfinite(np.mean(gaps)):  # responses of a data set have no engine
-            print(f"engine and trainer differ by {np.mean(gaps):.1e} nats a token", flush=True)
-        simulator.write_lines(path, [p.logps for p in pairs])
-    barrier()
-    return pairs
+    if not os.path.exists(path):
+        pairs = with_old_logps(model, pairs, cfg)
+        base = pairs
+        if cfg.gamma:
+            with exchanged(model, pi_0):
+                base = with_old_logps(model, pairs, cfg)
+        # how far the engine that sampled is from the weights that are trained: 1e-5 in float32; stale weights show here
+        gaps = [abs(d.logps[p.h - 1] - logp) / max(1, len(y)) for p in pairs
+                for d, logp, y in zip(p.dialogues, p.logps, (p.y, p.y2))]  # fmt: skip
+        if rank() == 0:
+            row = {"iteration": t, "phase": "logps"}
+            if math.isfinite(np.mean(gaps)):  # responses of a data set have no engine
+                row["engine_gap"] = float(f"{np.mean(gaps):.3g}")
+            if cfg.gamma:
+                row["kl_0"] = float(np.mean([np.subtract(p.logps, b.logps) for p, b in zip(pairs, base)]))
+            print(", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+            log(cfg, row)
+            simulator.write_lines(path, [p.logps + b.logps for p, b in zip(pairs, base)])
+        barrier()
+    rows = simulator.read_lines(path)
+    return [p._replace(logps=tuple(r[:2]), base_logps=tuple(r[2:])) for p, r in zip(pairs, rows, strict=True)]
 
 
-def latest_policy(cfg):
-    """Where to go on from: the last finished iteration's policy, or pi_1."""
-    done = [os.path.join(cfg.out, f"iter_{t}", "policy") for t in range(cfg.iterations, 0, -1)]
-    return next((path for path in done if os.path.isdir(path)), simulator.find_checkpoint(cfg.policy))
+def resume(model, optimizer, cfg):
+    """Bring a stopped run's weights back, in setting two its optimiser too; returns the last finished iteration."""
+    done = max((t for t in range(1, cfg.iterations + 1)
+                if os.path.isdir(os.path.join(cfg.out, f"iter_{t}", "policy"))), default=0)  # fmt: skip
+    if cfg.policy_every and done < cfg.iterations:
+        done = max(0, load_training(cfg.out, model, optimizer) - 1)
+        barrier()
+        if rank() == 0:  # what came after the saved state is done again, with data of its own
+            for folder in glob.glob(os.path.join(glob.escape(cfg.out), "iter_*")):
+                if int(folder.rpartition("_")[2]) > done or not os.path.isdir(os.path.join(folder, "policy")):
+                    shutil.rmtree(folder)
+        barrier()
+    elif done:
+        read_slices(model, os.path.join(cfg.out, f"iter_{done}", "policy"))
+        remove_training(os.path.join(cfg.out, f"iter_{done}"))
+        remove_training(cfg.out)
+    return done
+
+
+def finish(folder, model, optimizer, cfg, t, start):
+    """The end of an iteration: its policy is kept. Of setting two's thousands only every policy_every-th and the last
+    is, the training state of every checkpoint_steps-th replaces the one before, and other iterations leave no file."""
+    last = t == cfg.iterations
+    keep = last or not cfg.policy_every or t % cfg.policy_every == 0
+    if keep:
+        save_policy(os.path.join(folder, "policy"), model, start)
+    remove_training(folder)
+    if cfg.policy_every and last:
+        remove_training(cfg.out)
+    elif cfg.policy_every and t % cfg.checkpoint_steps == 0:
+        save_training(cfg.out, model, optimizer, t)
+    if not keep and rank() == 0:
+        shutil.rmtree(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -749,17 +867,21 @@ def read_config(argv, description=__doc__, **more):
     setting = given.pop("setting", None)
     if setting not in SETTINGS:
         raise BadInput(f"--setting is one of {', '.join(SETTINGS)}, not {setting}")
-    cfg = Config(setting=setting, **SETTINGS[setting] | given)
+    hh = HH.get(setting, {}) if data.is_hh(given.get("dataset", "")) else {}
+    cfg = Config(setting=setting, **SETTINGS[setting] | hh | given)
     check(cfg)
     return (cfg, extra) if more else cfg
 
 
 def check(cfg):
     """Everything about a configuration that can be known to be wrong before anything is loaded."""
-    positive = "iterations num_prompts max_turns max_new_tokens eta lr temperature batch_size epochs micro_tokens"
+    positive = "num_prompts max_turns max_new_tokens eta lr temperature batch_size epochs micro_tokens"
     rules = {name: (lambda v: 0 < v < math.inf, "positive") for name in positive.split()}
     rules |= {name: (lambda v: v > 0, "positive") for name in ("checkpoint_steps", "wave", "eval_dialogues")}
-    rules |= {name: (lambda v: 0 <= v < math.inf, "0 or more") for name in ("weight_decay", "seed", "snapshot_steps")}
+    rules |= {name: (lambda v: 0 <= v < math.inf, "0 or more") for name in (
+        "weight_decay", "seed", "snapshot_steps", "policy_every", "train_layers", "gamma")}  # fmt: skip
+    rules["iterations"] = (lambda v: v > 0 or v == 0 < cfg.policy_every, "positive (in setting two, 0 is one pass)")
+    rules["penalty"] = (math.isfinite, "a number")
     rules |= {name: (lambda v: v > 0, "positive") for name in ("user_tokens", "reward_tokens", "max_dialogue")}
     rules["user_temperature"] = (lambda v: 0 < v < math.inf, "positive")
     rules["max_failures"] = (lambda v: 0 <= v <= 1, "a share of the dialogues, in [0, 1]")
@@ -779,6 +901,8 @@ def prepare(cfg):
     tokenizer = simulator.load_tokenizer(cfg.policy)
     data.train_prompts(cfg, tokenizer, 1)
     data.test_prompts(cfg, tokenizer)
+    if not cfg.iterations:
+        cfg = replace(cfg, iterations=len(data.load_split(cfg, "train", tokenizer)) // cfg.num_prompts)
     simulator.check_user(cfg), rewards.check_reward(cfg), simulator.reach_user(cfg)
     path = os.path.join(cfg.out, "config.json")
     if os.path.exists(path):
@@ -786,6 +910,9 @@ def prepare(cfg):
         other = [k for k in sorted(old.keys() | new.keys()) if k != "out" and old.get(k) != new.get(k)]
         if other:
             raise BadInput(f"{cfg.out} is a run with another {', '.join(other)}: choose another --out")
+        state = os.path.join(cfg.out, "training", "step.json")
+        if os.path.exists(state) and (ranks := simulator.read_json(state)["ranks"]) != world():
+            raise BadInput(f"{cfg.out} was trained by {ranks} processes: go on with as many")
     elif os.path.exists(cfg.out) and (
         not os.path.isdir(cfg.out) or set(os.listdir(cfg.out)) - {"config.json.partial", "user_0.log"}
     ):

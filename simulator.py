@@ -48,10 +48,12 @@ def seed_for(*key):
 
 
 class Prompt(NamedTuple):
-    """An opening x_1, and what only the user (and the toy's reward) may know: wishes, or the questions to come."""
+    """An opening x_1; what only the user (and the toy's reward) may know: wishes, or the questions to come; and the
+    tokens of an answer, where the data set sets a limit (Table 5)."""
 
     text: str
     secret: Any = None
+    limit: int | None = None
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Dialogue:
     truncated  per assistant turn: cut at the token limit
     logps      per assistant turn: ln pi of the sampled tokens as the engine reports it (to watch engine and trainer)
     secret     what only the user knows; stream names this dialogue's randomness; failed says why it was given up
+    limit      tokens of an answer, where they are fewer than the engine's own
 
     >>> d = Dialogue.start(tokenizer, "hi").add_answer(tokenizer, [9, 4]).add_user(tokenizer, "go on")
     >>> d.ids[d.spans[0][0]:d.spans[0][1]], d.reset(1).ids == d.ids[:d.spans[0][0]]
@@ -77,15 +80,16 @@ class Dialogue:
     logps: list[float] = field(default_factory=list)
     secret: Any = None
     stream: tuple = (0,)
+    limit: int | None = None
     failed: str | None = None
 
     @classmethod
-    def start(cls, tokenizer, user_text, secret=None, stream=(0,)):
+    def start(cls, tokenizer, user_text, secret=None, stream=(0,), limit=None):
         """s_1: the opening as the chat template renders it, with the header that makes the assistant speak."""
         before, after, _, _ = template_pieces(tokenizer)
         text = checked(user_text)
         ids = encode(tokenizer, before, text, after)
-        return cls(ids, [], [{"role": "user", "content": text}], [], [], secret, tuple(stream))
+        return cls(ids, [], [{"role": "user", "content": text}], [], [], secret, tuple(stream), limit)
 
     def add_answer(self, tokenizer, ids, truncated=False, logp=math.nan):
         """Append y_h exactly as it was sampled: no token is added, dropped or decoded and encoded again."""
@@ -129,7 +133,7 @@ class Dialogue:
 
     def cut(self, tokens, answers, messages):
         return Dialogue(self.ids[:tokens], self.spans[:answers], copy.deepcopy(self.messages[:messages]),
-                        self.truncated[:answers], self.logps[:answers], self.secret, self.stream)  # fmt: skip
+                        self.truncated[:answers], self.logps[:answers], self.secret, self.stream, self.limit)  # fmt: skip
 
     def answer(self, h):
         """The sampled ids of y_h."""
@@ -235,7 +239,7 @@ def rollout(dialogues, policy, user, turns):
 class Engine:
     """A checkpoint that samples: temperature only, no top-p, no top-k, no repetition penalty.
 
-    generate(prompts, seeds) -> [(ids, truncated, logp)]    ids end with the end token unless truncated
+    generate(prompts, seeds, limits) -> [(ids, truncated, logp)]    ids end with the end token unless truncated
     update(weights)             new weights in place: an iterable of (name, tensor) in the checkpoint's names
     """
 
@@ -246,9 +250,11 @@ class Engine:
 
     def answer(self, dialogues):
         """One assistant turn for each dialogue; None where prompt and answer might not fit the context."""
-        fits = [d for d in dialogues if len(d.ids) + self.max_new_tokens <= self.max_length]
-        answers = iter(self.generate([d.ids for d in fits], [d.seed("policy") for d in fits]) if fits else ())
-        return [next(answers) if len(d.ids) + self.max_new_tokens <= self.max_length else None for d in dialogues]
+        limits = [min(d.limit or self.max_new_tokens, self.max_new_tokens) for d in dialogues]
+        fits = [len(d.ids) + n <= self.max_length for d, n in zip(dialogues, limits)]
+        rows = [(d.ids, d.seed("policy"), n) for d, n, fit in zip(dialogues, limits, fits) if fit]
+        answers = iter(self.generate(*zip(*rows)) if rows else ())
+        return [next(answers) if fit else None for fit in fits]
 
 
 class TransformersEngine(Engine):
@@ -266,15 +272,15 @@ class TransformersEngine(Engine):
         # a checkpoint's own sampling habits (top-p, penalties, forced tokens) must not leak into the behaviour policy
         self.model.generation_config = GenerationConfig()
 
-    def generate(self, prompts, seeds):
+    def generate(self, prompts, seeds, limits):
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         answers = {}
         for start in range(0, len(order), self.batch):
             rows = order[start : start + self.batch]
-            answers.update(zip(rows, self.generate_batch([prompts[i] for i in rows], [seeds[i] for i in rows])))
+            answers.update(zip(rows, self.generate_batch(*([x[i] for i in rows] for x in (prompts, seeds, limits)))))
         return [answers[i] for i in range(len(prompts))]
 
-    def generate_batch(self, prompts, seeds):
+    def generate_batch(self, prompts, seeds, limits):
         import torch
         from transformers import GenerationConfig, LogitsProcessorList
 
@@ -285,14 +291,14 @@ class TransformersEngine(Engine):
         with torch.no_grad():
             out_BT = self.model.generate(
                 input_ids=ids_BT, attention_mask=mask_BT, logits_processor=LogitsProcessorList([sampler]),
-                generation_config=GenerationConfig(max_new_tokens=self.max_new_tokens, do_sample=False,
+                generation_config=GenerationConfig(max_new_tokens=max(limits), do_sample=False,
                                                    eos_token_id=self.stop, pad_token_id=pad),
             )[:, length:].tolist()  # fmt: skip
         logp_BT = torch.stack(sampler.logps, 1).tolist()
         answers = []
-        for ids, logps in zip(out_BT, logp_BT):
-            end = next((t + 1 for t, i in enumerate(ids) if i in self.stop), None)
-            answers.append((ids[:end], end is None, sum(logps[:end])))
+        for ids, logps, limit in zip(out_BT, logp_BT, limits):
+            end = next((t + 1 for t, i in enumerate(ids[:limit]) if i in self.stop), None)
+            answers.append((ids[: end or limit], end is None, sum(logps[: end or limit])))
         return answers
 
     def update(self, weights):
@@ -343,19 +349,21 @@ class VLLMEngine(Engine):
             if world() > 1:  # takes LOCAL_RANK's device, the plain form device 0
                 options["distributed_executor_backend"] = "external_launcher"
         else:  # seeded requests crash the CPU build when a prefill is cut into chunks
-            options = dict(dtype="float32", enforce_eager=True, kv_cache_memory_bytes=128 << 20, block_size=32,
+            room = max(128 << 20, 8 * max_length * cache_bytes(path))
+            options = dict(dtype="float32", enforce_eager=True, kv_cache_memory_bytes=room, block_size=32,
                            enable_chunked_prefill=False, max_num_batched_tokens=max(max_length, 8192))  # fmt: skip
         self.engine = LLM(str(path), max_model_len=max_length, max_num_seqs=256, seed=0, generation_config="vllm",
                           enable_prefix_caching=True, logprobs_mode="processed_logprobs", skip_tokenizer_init=True,
                           disable_log_stats=True, **options)  # fmt: skip
         torch.set_num_threads = threads
 
-    def generate(self, prompts, seeds):
+    def generate(self, prompts, seeds, limits):
         from vllm import SamplingParams
 
         # ignore_eos: only our own stop tokens end an answer, the same ones for both engines
-        params = [SamplingParams(max_tokens=self.max_new_tokens, temperature=self.temperature, seed=seed, logprobs=0,
-                                 stop_token_ids=self.stop, ignore_eos=True, detokenize=False) for seed in seeds]  # fmt: skip
+        params = [SamplingParams(max_tokens=limit, temperature=self.temperature, seed=seed, logprobs=0,
+                                 stop_token_ids=self.stop, ignore_eos=True, detokenize=False)
+                  for seed, limit in zip(seeds, limits)]  # fmt: skip
         outputs = self.engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         answers = []
         for out in (o.outputs[0] for o in outputs):
@@ -366,6 +374,14 @@ class VLLMEngine(Engine):
     def update(self, weights):
         self.engine.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(weights)))
         self.engine.reset_prefix_cache()  # without it the next answers are computed from the old policy's cache
+
+
+def cache_bytes(path):
+    """Bytes of keys and values of one token in float32."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path)
+    return 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
 
 def load_engine(path, cfg):

@@ -195,6 +195,16 @@ def test_training_on_two_ranks_equals_training_on_one(on_ranks):
     assert len(trained) == 30 and all(torch.allclose(one[n], two[n], atol=2e-5) for n in trained)
 
 
+def test_with_frozen_layers_two_ranks_equal_one_and_pi_0_is_the_base(on_ranks, model):
+    one, two = on_ranks
+    weights, expected = model.state_dict(), row_logps(model, random_pairs(9), 1.0)
+    for name, whole in weights.items():
+        assert torch.allclose(one[f"last/{name}"], two[f"last/{name}"], atol=2e-5)
+        for found in on_ranks:
+            assert torch.equal(found[f"last/{name}"], whole) == (not name.startswith("model.layers.2."))
+    assert all(torch.allclose(found["pi_0"], expected, atol=1e-5) for found in on_ranks)
+
+
 # --- collect and regress ----------------------------------------------------------------------------------------
 
 

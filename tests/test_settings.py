@@ -312,7 +312,7 @@ def test_a_checkpoint_plays_the_user_through_its_own_chat_template(llama3, cfg, 
     llama3.save_pretrained(tmp_path)
     user = simulator.load_user(replace(cfg, user=str(tmp_path), user_tokens=4))
     seen = []
-    user.ask.engine.generate = lambda ids, seeds: seen.extend(map(list, ids)) or [
+    user.ask.engine.generate = lambda ids, seeds, limits: seen.extend(map(list, ids)) or [
         (llama3.encode("Question: go on", add_special_tokens=False) + [128009], False, 0.0) for _ in ids]  # fmt: skip
     talks = two_talks(tokenizers["toy"])
     assert user.reply(talks) == ["go on"] * 2

@@ -249,6 +249,18 @@ def test_an_engines_logps_are_those_of_its_sampling_temperature(engine, model):
         assert truncated == (ids[-1] not in engine.stop) and len(ids) <= 12 and (len(ids) == 12) >= truncated
 
 
+def test_a_dialogues_own_limit_cuts_its_answer_alone(engine):
+    long = [len(a[0]) for a in engine.answer(starts(engine.tokenizer, 6))]
+    dialogues = starts(engine.tokenizer, 6)
+    for d, limit in zip(dialogues, (1, 3, None, 99, 5, 12)):
+        d.limit = limit
+    answers = engine.answer(dialogues)
+    assert [len(a[0]) for a in answers] == [min(n, m) for n, m in zip(long, (1, 3, 12, 12, 5, 12))]
+    assert all(cut == (ids[-1] not in engine.stop) for ids, cut, _ in answers) and min(long[0], long[1]) > 3
+    assert dialogues[0].reset(1).limit == 1 and [a[0][:3] for a in answers[1:2]] == [
+        a[0][:3] for a in engine.answer(starts(engine.tokenizer, 2))[1:]]  # fmt: skip
+
+
 def test_answers_depend_on_seeds_and_not_on_the_batch(engine):
     dialogues = starts(engine.tokenizer, 6)
     together = [a[0] for a in engine.answer(dialogues)]

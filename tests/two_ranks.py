@@ -10,6 +10,7 @@ from functools import partial
 
 import data
 import refuel
+import torch
 from conftest import random_pairs
 from refuel import pair_logps, rank, world
 
@@ -31,6 +32,14 @@ def results(base, cfg):
     refuel.regress(model, refuel.make_optimizer(model, cfg), random_pairs(19), cfg)  # 8, 8 and a last batch of 3
     for name, whole in refuel.full_weights(model):
         found[f"trained/{name}"] = whole
+    last = replace(cfg, train_layers=1)
+    model = refuel.load_policy(base, last)
+    pi_0 = {name: p.clone() for name, p in refuel.learned_weights(model).items()}
+    refuel.regress(model, refuel.make_optimizer(model, last), random_pairs(19), last)
+    with refuel.exchanged(model, pi_0):
+        found["pi_0"] = torch.tensor([p.logps for p in refuel.with_old_logps(model, random_pairs(9), last)]).T
+    for name, whole in refuel.full_weights(model):
+        found[f"last/{name}"] = whole.clone()
     return {name: tensor.clone().contiguous() for name, tensor in found.items()}
 
 
