@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+from collections import Counter
 from functools import partial
 from typing import Callable, NamedTuple
 
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 import data
 import evaluate
 import simulator
-from refuel import from_the_start, refuel_loss, sample_resets
+from refuel import from_the_start, refuel_loss
 from simulator import BadInput, barrier, rank, world
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -63,8 +64,8 @@ def rloo_loss(logp_2B, old_logp_2B, reward_2B, eta):
 
 
 def online_last(prompts, cfg, rng):
-    """LT-ONLINE: s_H by the policy with the user, only the last turn trained; H ~ U(max_turns)."""
-    _, H = sample_resets(len(prompts), cfg.max_turns, rng)
+    """LT-ONLINE: s_H by the policy with the user, only the last turn trained; H as REFUEL's."""
+    _, _, H = from_the_start(prompts, cfg, rng)
     return prompts, H, H
 
 
@@ -202,17 +203,21 @@ def differences(played, reward, whole=False):
 
 
 def curves(methods, cfg, speakers):
-    """Figure 2: {method: [(step, average win rate)]} from the policies that training kept on its way."""
+    """Figure 2: {method: [(step, average win rate)]} from the policies that training kept on its way: snapshots within
+    an iteration and, in setting two, every policy_every-th update's."""
     few = refuel.replace(cfg, eval_dialogues=min(250, cfg.eval_dialogues))
     found, places = {}, {}
     for method in methods:
-        done = 0
+        log, done = simulator.read_lines(os.path.join(cfg.out, method, "metrics.jsonl")), 0
+        steps_of = Counter(r["iteration"] for r in log if r["phase"] == "regress")
         for t in range(1, cfg.iterations + 1):
             folder = os.path.join(cfg.out, method, f"iter_{t}")
-            steps = sorted(int(n[5:]) for n in os.listdir(folder) if n.startswith("step_") and n[5:].isdigit())
+            names = os.listdir(folder) if os.path.isdir(folder) else []  # most updates of setting two leave none
+            steps = sorted(int(n[5:]) for n in names if n.startswith("step_") and n[5:].isdigit())
             places |= {f"{method}.{done + s}": os.path.join(folder, f"step_{s}") for s in steps}
-            done += sum(1 for r in simulator.read_lines(os.path.join(cfg.out, method, "metrics.jsonl"))
-                        if r["phase"] == "regress" and r["iteration"] == t)  # fmt: skip
+            done += steps_of[t]
+            if cfg.policy_every and "policy" in names:
+                places[f"{method}.{done}"] = os.path.join(folder, "policy")
     if places:
         results, _ = evaluate.evaluate(places, os.path.join(cfg.out, "curve"), *speakers, few, kl=False)
         for name in places:

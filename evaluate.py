@@ -138,9 +138,9 @@ def dialogue_logps(model, dialogues, temperature, tokens=16384):
     device, H = next(model.parameters()).device, max(len(d.spans) for d in dialogues)
     forward = getattr(model, "token_logps", None) or functools.partial(refuel.token_logps, model)
     order = sorted(range(len(dialogues)), key=lambda i: -len(dialogues[i].ids))
-    groups = []
+    groups, share = [], -(-len(dialogues) // world())
     while order:
-        rows = max(1, tokens // len(dialogues[order[0]].ids))
+        rows = max(1, min(share, tokens // len(dialogues[order[0]].ids)))
         groups, order = groups + [order[:rows]], order[rows:]
     logp_NH = torch.zeros(len(dialogues), H, dtype=torch.float64)
     for number in range(rank(), -(-len(groups) // world()) * world(), world()):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import baselines
 import data
 import evaluate
 import refuel
@@ -170,6 +171,12 @@ def test_a_pass_shows_every_prompt_before_any_comes_again(cfg):
     assert data.draw("prompts", 25, once, 1) != data.draw("prompts", 25, once, 5)
     each = replace(cfg, num_prompts=20)
     assert len(set(data.draw("prompts", 25, each, 1)) & set(data.draw("prompts", 25, each, 2))) >= 15
+
+
+def test_lt_online_too_has_as_many_turns_as_the_data_has_questions(cfg):
+    prompts = [Dialogue(secret=["next"] * n) for n in (0, 1, 4)]
+    _, h, H = baselines.online_last(prompts, replace(cfg, user="dataset"), np.random.default_rng(0))
+    assert h.tolist() == H.tolist() == [1, 2, 5]
 
 
 # --- whole dialogues ---------------------------------------------------------------------------------------------
