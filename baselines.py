@@ -129,7 +129,7 @@ def train(method, cfg, speakers=None):
 # ---------------------------------------------------------------------------------------------------------------
 
 GRID = {"lr": (1e-4,), "eta": (10.0, 30.0)}  # --grid plays it
-BEST = {"toy": dict.fromkeys(("rebel-lt-offline", "dpo-lt-mixed", "dpo-lt-online"), {"eta": 10.0})}  # else the setting's
+BEST = {"toy": dict.fromkeys(("rebel-lt-offline", "dpo-lt-offline", "dpo-lt-online"), {"eta": 10.0})}  # else the setting's
 SNAPSHOTS = {"toy": 32}  # steps between the points of Figure 2
 
 PAPER = {  # Table 1: h = 1..5, average
@@ -204,7 +204,8 @@ def differences(played, reward, whole=False):
 
 def curves(methods, cfg, speakers):
     """Figure 2: {method: [(step, average win rate)]} from the policies that training kept on its way: snapshots within
-    an iteration and, in setting two, every policy_every-th update's."""
+    an iteration, and each iteration's own (in setting two every policy_every-th update's); of the rows with REFUEL's
+    loss, as in the paper."""
     few = refuel.replace(cfg, eval_dialogues=min(250, cfg.eval_dialogues))
     found, places = {}, {}
     for method in methods:
@@ -216,7 +217,7 @@ def curves(methods, cfg, speakers):
             steps = sorted(int(n[5:]) for n in names if n.startswith("step_") and n[5:].isdigit())
             places |= {f"{method}.{done + s}": os.path.join(folder, f"step_{s}") for s in steps}
             done += steps_of[t]
-            if cfg.policy_every and "policy" in names:
+            if "policy" in names:
                 places[f"{method}.{done}"] = os.path.join(folder, "policy")
     if places:
         results, _ = evaluate.evaluate(places, os.path.join(cfg.out, "curve"), *speakers, few, kl=False)
@@ -249,8 +250,7 @@ def draw(results, curve, path):
         ax.set(xlabel="turn h", ylabel="win rate against base, %", xticks=turns, title=f"{loss.upper()} and REFUEL")
         ax.legend(frameon=False, fontsize=7)
     for name, points in curve.items():
-        if name == "refuel" or name.startswith("rebel"):
-            axes[0, -1].plot(*zip(*points), "o-", ms=3, color=colour(name), label=name)
+        axes[0, -1].plot(*zip(*points), "o-", ms=3, color=colour(name), label=name)
     if curve:
         axes[0, -1].set(xlabel="steps", ylabel="average win rate, %", title="win rate against steps")
         axes[0, -1].legend(frameon=False, fontsize=7)
@@ -287,7 +287,7 @@ def run(methods, cfg):
     speakers = speakers or refuel.load_speakers(cfg.reference, cfg)
     results, played = evaluate.evaluate(done, cfg.out, *speakers, cfg)
     rows(results, cfg)
-    curve = curves(done, cfg, speakers)
+    curve = curves([m for m in done if METHODS[m].loss is refuel_loss], cfg, speakers)
     if rank() == 0:
         paired = differences(played, speakers[2], cfg.user == "dataset")
         text = f"{table(results)}\n\n{paired}\n"

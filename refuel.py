@@ -103,7 +103,7 @@ SETTINGS = {
     "toy": dict(
         policy="toy", reference="toy", user="toy", reward="toy", dataset="toy", engine="auto", out="runs/toy", seed=0,
         user_model="", user_temperature=0.8, user_tokens=64, max_failures=0.05, reward_tokens=256, max_dialogue=256,
-        iterations=2, num_prompts=4096, policy_every=0, max_turns=5, max_new_tokens=16, max_length=256, temperature=1.0,
+        iterations=2, num_prompts=2048, policy_every=0, max_turns=5, max_new_tokens=16, max_length=256, temperature=1.0,
         eta=30.0, gamma=0.0, penalty=0.0, train_layers=0, lr=1e-4, warmup=0.1, weight_decay=1e-6, batch_size=32,
         epochs=1, micro_tokens=4096,
         activation_checkpointing=False, checkpoint_steps=50, snapshot_steps=0, wave=512, eval_dialogues=1000,

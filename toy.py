@@ -59,10 +59,11 @@ def stated(messages):
 class Customer:
     """The scripted user: answers what is asked, now and then does not know, volunteers nothing.
 
-    volunteers=p: with probability p, a missing question is answered by a wish of its own (the offline logs)."""
+    insists: the people of the offline logs, who answer a missing question by all that they have said so far, half the
+    time with one wish more, and half the time with one wish changed."""
 
-    def __init__(self, volunteers=0.0):
-        self.volunteers = volunteers
+    def __init__(self, insists=False):
+        self.insists = insists
 
     def reply(self, dialogues):
         return [self.one_reply(d.messages, d.secret, random.Random(d.seed("user"))) for d in dialogues]
@@ -75,10 +76,16 @@ class Customer:
             if asked[1] in known:
                 return f"{value} again"
             return "not sure" if rng.random() < 0.15 else f"{value} please"
+        if not self.insists:
+            return "go on"
         unknown = [name for name in WISHES if name not in known]
-        if unknown and rng.random() < self.volunteers:
-            return f"{wishes[rng.choice(unknown)]} please"
-        return "go on"
+        if unknown and rng.random() < 0.5:
+            name = rng.choice(unknown)
+            known[name] = wishes[name]
+        if rng.random() < 0.5:
+            name = rng.choice(list(known))
+            known[name] = rng.choice(WISHES[name])
+        return " ".join([*known.values(), "please"])
 
 
 class Reward:
@@ -101,11 +108,12 @@ class Reward:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def clerk(messages, rng, uses, asks):
-    """A proposal that uses each known wish with probability `uses`, and a question with probability `asks`, about
-    an attribute drawn at random, known or not."""
-    known = stated(messages)
-    words = [known[n] if n in known and rng.random() < uses else rng.choice(WISHES[n]) for n in WISHES]
+def clerk(messages, rng, uses, remembers, asks):
+    """A proposal that uses a wish just heard with probability `uses`, one heard earlier with probability `remembers`,
+    and a question with probability `asks`, about an attribute drawn at random, known or not."""
+    known, heard = stated(messages), stated(messages[-1:])
+    keeps = {name: uses if name in heard else remembers for name in known}
+    words = [known[n] if rng.random() < keeps.get(n, 0) else rng.choice(WISHES[n]) for n in WISHES]
     question = f"which {rng.choice(list(WISHES))} ?" if rng.random() < asks else "anything else ?"
     return f"try the {' '.join(words)} . {question}"
 
@@ -121,21 +129,25 @@ def clerk_dialogue(tokenizer, prompt, customer, rng, turns, **habits):
     return dialogue
 
 
-LOG_HABITS = dict(uses=0.95, asks=0.1)
+# Who writes the data's two answers: a clerk of the shop's best, whose dialogue it is, and a novice. Pairs of real data
+# come like this, from a better and a worse model with habits of their own: the better one here seldom asks.
+EXPERT = dict(uses=0.95, remembers=0.95, asks=0.1)
+NOVICE = dict(uses=0.5, remembers=0.5, asks=0.5)
 LENGTHS = (0.769, 0.121, 0.064, 0.032, 0.014)  # H = 1..5 in the paper's offline data (its Table 3, LT-OFFLINE)
 
 
 def offline_dialogues(tokenizer, rows):
-    """Logs of another clerk, who seldom asks, with customers who then volunteer a wish half the time: other histories
-    than the policy's own. Each row is a dialogue and the same with a second answer of that clerk's at the last turn."""
+    """Logs of other people: an expert, and customers who insist. Their histories are not the policy's own: nothing that
+    was said has to be remembered there, since they say it again, and what was said before may no longer hold. Each row is a dialogue and the same with a novice's
+    answer at the last turn."""
     logs = []
     for row in rows:
         rng = random.Random(seed_for("offline", row))
         wishes = {name: rng.choice(values) for name, values in WISHES.items()}
         prompt = Prompt(f"something {wishes[rng.choice(list(WISHES))]} please", wishes)
         turns = rng.choices(range(1, 6), LENGTHS)[0]
-        first = clerk_dialogue(tokenizer, prompt, Customer(volunteers=0.5), rng, turns, **LOG_HABITS)
-        other = clerk(first.reset(turns).messages, rng, **LOG_HABITS) + tokenizer.eos_token
+        first = clerk_dialogue(tokenizer, prompt, Customer(insists=True), rng, turns, **EXPERT)
+        other = clerk(first.reset(turns).messages, rng, **NOVICE) + tokenizer.eos_token
         logs.append((first, first.reset(turns).add_answer(tokenizer, tokenizer.encode(other, add_special_tokens=False))))
     return logs
 
@@ -166,7 +178,7 @@ def make_tokenizer():
     )  # fmt: skip
 
 
-RECIPE = dict(steps=350, batch=32, lr=3e-3, turns=5, uses=0.95, asks=0.5, hidden=96, layers=3, seed=0)
+RECIPE = dict(steps=350, batch=32, lr=3e-3, turns=5, uses=0.95, remembers=0.75, asks=0.5, hidden=96, layers=3, seed=0)
 
 
 def is_built(folder):
@@ -178,8 +190,9 @@ def is_built(folder):
 def base_policy(folder, recipe=RECIPE):
     """Train pi_1 by next-token prediction on the words of a clerk who listens well and asks badly; keep its folder.
 
-    At uses=0.85 every method gains from each turn alone, by listening better, and their win rates per turn look alike;
-    the paper's base model, tuned by RLHF, has little left to gain in a single turn.
+    It hears what is said (0.95) and forgets what was said earlier (0.75): the paper's base model, tuned by RLHF on short
+    dialogues, has little left to gain in a single turn. At uses=0.85 every method gains from each turn alone and their
+    win rates per turn look alike.
 
     About 0.34 M parameters; heads of 32, which vLLM's CPU attention wants. A policy that has not learned to copy the
     customer's words cannot be improved by any method, so training runs until it does (steps were chosen for that)."""
@@ -203,7 +216,7 @@ def base_policy(folder, recipe=RECIPE):
     bar = tqdm(range(recipe["steps"]), desc="base policy", unit="step")
     for step in bar:
         batch = prompts[step * recipe["batch"] : (step + 1) * recipe["batch"]]
-        habits = {k: recipe[k] for k in ("turns", "uses", "asks")}
+        habits = {k: recipe[k] for k in ("turns", "uses", "remembers", "asks")}
         rows = [clerk_dialogue(tokenizer, prompt, Customer(), rng, **habits) for prompt in batch]
         length = max(len(d.ids) for d in rows)
         ids_BT = torch.full((len(rows), length), tokenizer.pad_token_id)

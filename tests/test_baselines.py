@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import random
 from collections import Counter
 from dataclasses import replace
 
@@ -129,17 +130,40 @@ def test_the_papers_averages_are_those_of_its_cells():
         assert np.mean(row[:5]) == pytest.approx(row[5], abs=0.011), method
 
 
-def test_offline_logs_are_another_clerks():
-    """Skewed lengths, few questions, volunteered wishes; both last answers are the clerk's and mostly differ."""
+def test_offline_logs_are_an_experts_with_a_novices_second_answer():
+    """Skewed lengths; the expert seldom asks, the novice half the time, and earns less; only the last answer differs."""
     logs = toy.offline_dialogues(toy.make_tokenizer(), range(1500))
     turns = Counter(len(d.spans) for d, _ in logs)
     assert abs(turns[1] / 1500 - 0.769) < 0.04 and turns[5] > 3
-    asked = [bool(toy.QUESTION.search(m["content"])) for d, _ in logs for m in d.messages[1::2]]
-    assert abs(np.mean(asked) - 0.1) < 0.03
-    replies = Counter(m["content"].split()[-1] for d, _ in logs for m in d.messages[2::2])
-    assert replies["please"] > replies["on"] * 0.5
+    expert = [bool(toy.QUESTION.search(m["content"])) for d, _ in logs for m in d.messages[1::2]]
+    novice = [bool(toy.QUESTION.search(d.messages[-1]["content"])) for _, d in logs]
+    assert abs(np.mean(expert) - 0.1) < 0.03 and abs(np.mean(novice) - 0.5) < 0.05
     assert all(d.reset(len(d.spans)).ids == e.reset(len(d.spans)).ids for d, e in logs)
     assert np.mean([d.ids != e.ids for d, e in logs]) > 0.9
+    assert np.mean(toy.Reward()([d for d, _ in logs])) > np.mean(toy.Reward()([e for _, e in logs])) + 0.1
+
+
+def test_offline_customers_say_again_what_they_have_said_and_change_their_minds():
+    """Nothing has to be remembered in the data: a turn that answers no question names every attribute so far."""
+    logs, more, changed = toy.offline_dialogues(toy.make_tokenizer(), range(1500)), [], []
+    for dialogue, _ in logs:
+        for i in range(2, len(dialogue.messages), 2):
+            if not toy.QUESTION.search(dialogue.messages[i - 1]["content"]):
+                said, before = (toy.stated(dialogue.messages[a:b]) for a, b in ((i, i + 1), (0, i)))
+                assert set(before) <= set(said)
+                more += [len(said) - len(before)] * (len(before) < 4)
+                changed.append(sum(said[name] != value for name, value in before.items()))
+    assert len(more) > 400 and set(more) == {0, 1} and abs(np.mean(more) - 0.5) < 0.07
+    # half the time one wish, a new one among them, is drawn anew: another value in three of four cases
+    assert set(changed) == {0, 1} and 0.24 < np.mean(changed) < 0.38
+
+
+def test_the_base_policys_clerk_hears_and_forgets():
+    messages = [{"role": "user", "content": text} for text in ("something red please", "x", "small please")]
+    told = [toy.clerk(messages, random.Random(i), uses=0.95, remembers=0.75, asks=0.5).split() for i in range(4000)]
+    for place, word, keeps in ((2, "small", 0.95), (3, "red", 0.75), (4, "wool", 0.0)):
+        share = np.mean([words[place] == word for words in told])
+        assert abs(share - (keeps + (1 - keeps) / 4)) < 0.025  # a word drawn at random is right once in four
 
 
 # --- the command ------------------------------------------------------------------------------------------------
