@@ -138,8 +138,8 @@ LENGTHS = (0.769, 0.121, 0.064, 0.032, 0.014)  # H = 1..5 in the paper's offline
 
 def offline_dialogues(tokenizer, rows):
     """Logs of other people: an expert, and customers who insist. Their histories are not the policy's own: nothing that
-    was said has to be remembered there, since they say it again, and what was said before may no longer hold. Each row is a dialogue and the same with a novice's
-    answer at the last turn."""
+    was said has to be remembered there, since it is said again, and what was said before may no longer hold. Each row
+    is a dialogue and the same with a novice's answer at the last turn."""
     logs = []
     for row in rows:
         rng = random.Random(seed_for("offline", row))
