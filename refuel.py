@@ -751,7 +751,11 @@ def collected(folder, collect, prompts, cfg, t):
         simulator.check_failures(dropped["user"], len(rows), cfg)
         return [{"dropped": dropped}, *map(pair_to_json, pairs)]
 
-    start = time.time()
+    start, tokens = time.time(), {}
+    for name in ("policy", "user", "reward"):
+        if hasattr(speaker := getattr(collect, "keywords", {}).get(name), "tokens"):
+            tokens[name] = speaker.tokens
+            speaker.tokens.clear()
     rows = in_waves(os.path.join(folder, "pairs.jsonl"), prompts, cfg.wave, wave, f"iteration {t}: collect")
     pairs = [pair_from_json(row) for row in rows if "prefix" in row]
     dropped = sum((Counter(row["dropped"]) for row in rows if "dropped" in row), Counter())
@@ -761,7 +765,7 @@ def collected(folder, collect, prompts, cfg, t):
         log(cfg, {"iteration": t, "phase": "collect", "pairs": len(pairs), "dropped": dropped,
                   "reward": float(np.mean([p.rewards for p in pairs])),
                   "truncated": float(np.mean([d.truncated[p.h - 1] for p in pairs for d in p.dialogues])),
-                  "seconds": round(time.time() - start, 1)})  # fmt: skip
+                  "tokens": tokens, "seconds": round(time.time() - start, 1)})  # fmt: skip
     return pairs
 
 

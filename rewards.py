@@ -6,6 +6,7 @@ Dimension key: B dialogues, T tokens, D hidden, O objectives.
 """
 import os
 import re
+from collections import Counter
 
 from simulator import (BadInput, encode, encode_plain, find_checkpoint, local_rank, read_json, read_weights,
                        weight_names)  # fmt: skip
@@ -36,7 +37,7 @@ class RewardModel:
         import torch
         from transformers import AutoTokenizer
 
-        self.tokenizer, self.tokens = AutoTokenizer.from_pretrained(path), tokens
+        self.tokenizer, self.batch_tokens, self.tokens = AutoTokenizer.from_pretrained(path), tokens, Counter()
         if not self.tokenizer.chat_template:
             raise BadInput(f"--reward {path} has no chat template")
         cuda = torch.cuda.is_available()
@@ -55,7 +56,7 @@ class RewardModel:
         scores, order = [None] * len(rows), sorted((i for i, ids in enumerate(rows) if self.fits(ids)),
                                                    key=lambda i: len(rows[i]))  # fmt: skip
         while order:  # the longest first: a batch that does not fit the device fails at once
-            n = max(1, self.tokens // len(rows[order[-1]]))
+            n = max(1, self.batch_tokens // len(rows[order[-1]]))
             batch, order = order[-n:], order[:-n]
             for i, score in zip(batch, self.score([rows[i] for i in batch])):
                 scores[i] = score
@@ -65,6 +66,7 @@ class RewardModel:
         import torch
 
         T = len(rows[-1])
+        self.tokens.update(prefill=len(rows) * T)
         ids_BT = torch.tensor([ids + [0] * (T - len(ids)) for ids in rows], device=self.device)
         mask_BT = torch.tensor([[1] * len(ids) + [0] * (T - len(ids)) for ids in rows], device=self.device)
         with torch.no_grad():

@@ -23,6 +23,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -241,12 +242,13 @@ class Engine:
 
     generate(prompts, seeds, limits) -> [(ids, truncated, logp)]    ids end with the end token unless truncated
     update(weights)             new weights in place: an iterable of (name, tensor) in the checkpoint's names
+    tokens                      what was computed: prefill (padding included), decode; and cached, what was not
     """
 
     def __init__(self, path, max_new_tokens, temperature, max_length):
         self.tokenizer = load_tokenizer(path)
         self.max_new_tokens, self.temperature, self.max_length = max_new_tokens, temperature, max_length
-        self.stop = stop_tokens(path, self.tokenizer)
+        self.stop, self.tokens = stop_tokens(path, self.tokenizer), Counter()
 
     def answer(self, dialogues):
         """One assistant turn for each dialogue; None where prompt and answer might not fit the context."""
@@ -295,6 +297,7 @@ class TransformersEngine(Engine):
                                                    eos_token_id=self.stop, pad_token_id=pad),
             )[:, length:].tolist()  # fmt: skip
         logp_BT = torch.stack(sampler.logps, 1).tolist()
+        self.tokens.update(prefill=ids_BT.numel(), decode=len(prompts) * (len(sampler.logps) - 1))
         answers = []
         for ids, logps, limit in zip(out_BT, logp_BT, limits):
             end = next((t + 1 for t, i in enumerate(ids[:limit]) if i in self.stop), None)
@@ -366,7 +369,9 @@ class VLLMEngine(Engine):
                   for seed, limit in zip(seeds, limits)]  # fmt: skip
         outputs = self.engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         answers = []
-        for out in (o.outputs[0] for o in outputs):
+        for whole, out in ((o, o.outputs[0]) for o in outputs):
+            cached = whole.num_cached_tokens
+            self.tokens.update(prefill=len(whole.prompt_token_ids) - cached, cached=cached, decode=len(out.token_ids) - 1)
             logp = sum(step[i].logprob for i, step in zip(out.token_ids, out.logprobs))
             answers.append((list(out.token_ids), out.finish_reason == "length", logp))
         return answers
@@ -547,6 +552,7 @@ class LLMUser:
 
     def __init__(self, ask, longest, limit):
         self.ask, self.longest, self.limit = ask, longest, limit
+        self.tokens = ask.engine.tokens if hasattr(ask, "engine") else Counter()  # a server counts its own
 
     def reply(self, dialogues):
         texts, rows, why = [None] * len(dialogues), list(range(len(dialogues))), {}

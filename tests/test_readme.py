@@ -42,7 +42,8 @@ def test_files_that_the_readme_names_exist():
 
 
 def test_every_metric_that_is_logged_is_defined_once():
-    names = [*refuel.METRICS, "gradient_norm", "lr", "tokens_per_second", "pairs", "dropped", "reward", "truncated", "seconds"]
+    names = [*refuel.METRICS, "gradient_norm", "lr", "tokens_per_second", "pairs", "dropped", "reward", "truncated", "tokens",
+             "seconds"]  # fmt: skip
     section = README.split("## Metrics")[1].split("\n## ")[0]
     first_cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     for name in names:

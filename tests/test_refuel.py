@@ -338,7 +338,7 @@ def test_a_policy_folder_gives_back_the_weights_that_were_saved(base, cfg, tmp_p
 
 
 def run_folder(path):
-    """What a run leaves behind, as comparable values: everything but seconds, speeds and the command line."""
+    """What a run leaves behind, as comparable values: everything but seconds, tokens, speeds and the command line."""
     found = {}
     for folder, _, names in os.walk(path):
         for name in names:
@@ -346,7 +346,7 @@ def run_folder(path):
             key = os.path.relpath(file, path)
             if name == "metrics.jsonl":
                 rows = simulator.read_lines(file)
-                found[key] = [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in rows]
+                found[key] = [{k: v for k, v in r.items() if k not in ("seconds", "tokens", "tokens_per_second")} for r in rows]
             elif name == "results.json":
                 found[key] = {n: {k: v for k, v in r.items() if k != "command"} for n, r in simulator.read_json(file).items()}
             elif name not in ("config.json", "win_rate.png"):

@@ -177,7 +177,7 @@ def test_fsfairx_scores_as_a_classifier_of_one_conversation_padded_on_the_left(f
 def test_a_score_does_not_depend_on_the_batch(name, load, request):
     reward = load(request.getfixturevalue(name))
     many = reward(talks())
-    reward.tokens = 1
+    reward.batch_tokens = 1
     alone = reward(talks())
     assert torch.tensor(many).allclose(torch.tensor(alone), atol=1e-5)
 

@@ -300,6 +300,25 @@ def test_after_an_update_the_engine_answers_from_the_new_weights(engine, model, 
         assert logp == pytest.approx(slow_logp(model, d.ids, ids, 0.8), abs=1e-4)
 
 
+def test_the_counters_hold_every_token_that_goes_through_the_model(engine):
+    dialogues = starts(engine.tokenizer, 4)
+    for k, d in enumerate(dialogues):
+        d.ids = (d.ids[:-1] * 40)[: 70 + k] + d.ids[-1:]
+    engine.tokens.clear()
+    seen = []
+    if hasattr(engine, "model"):
+        hook = engine.model.get_input_embeddings().register_forward_hook(lambda _, ids, out: seen.append(ids[0].numel()))
+    answers = [a for _ in range(2) for a in engine.answer(dialogues)]
+    if seen:
+        hook.remove()
+        assert sum(seen) == engine.tokens["prefill"] + engine.tokens["decode"] and len(seen) > 2
+        assert engine.tokens["prefill"] == 2 * 4 * 74 and engine.tokens["cached"] == 0  # padded to the longest
+    else:
+        assert engine.tokens["decode"] == sum(len(ids) - 1 for ids, _, _ in answers)
+        assert engine.tokens["prefill"] + engine.tokens["cached"] == 2 * sum(len(d.ids) for d in dialogues)
+        assert 4 * 64 <= engine.tokens["cached"] < 4 * 74 + 3 * 64  # the second time, whole blocks of 32 are there
+
+
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_given_up(engine):
     long, short = starts(engine.tokenizer, 2)
     long.ids += [7] * (128 - 12 - len(long.ids) + 1)

@@ -1,0 +1,535 @@
+"""Speed and memory of one training step, and how it grows, side by side with other layouts of the same work.
+
+    python tests/bench.py step                              a Llama with Llama 3's vocabulary, on the CPU: minutes
+    python tests/bench.py step --model 8b --device cuda     bfloat16 on one GPU (also 1b); flex attention beside SDPA
+    python tests/bench.py growth                            tokens against time: pairs, prefix, ranks
+    python tests/bench.py generation --policy FOLDER        tokens computed for each useful one; the two engines
+    python tests/bench.py lengths SHAREGPT.json --policy FOLDER         how tests/lengths.json was made
+
+Every variant goes through refuel.with_old_logps and refuel.regress; only the layout functions are exchanged, and the
+log-probs of all of them must agree to 1e-4 a token (bfloat16: 1e-1). Times are medians of repeats in which the variants
+take turns; on the CPU they are CPU seconds, which a busy neighbour lengthens less than the clock. Memory is the
+high-water mark of torch's own allocations (its CPU memory profiler, or max_memory_allocated) above weights and AdamW's
+state, gradients included. Results go to results/bench.json and, as Markdown, to the terminal.
+"""
+import argparse
+import contextlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import refuel  # noqa: E402  (first: it sets what torch reads)
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+import simulator  # noqa: E402
+
+LENGTHS = os.path.join(ROOT, "tests", "lengths.json")
+RESULTS = os.path.join(ROOT, "results", "bench.json")
+HEADER = 5  # tokens of a chat template around a turn
+MODELS = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
+    "tiny": (64, 128, 2, 2, 2, 1000),
+    "cpu": (512, 1536, 8, 8, 8, 128_256),
+    "small": (256, 768, 4, 4, 4, 128_256),
+    "1b": (2048, 8192, 16, 32, 8, 128_256),
+    "8b": (4096, 14336, 32, 32, 8, 128_256),
+}
+
+# --- pairs and models -------------------------------------------------------------------------------------------
+
+
+def make_lengths(path, tokenizer):
+    """[[user's tokens, assistant's tokens] of up to five turns] of 600 ShareGPT conversations in random order, from the
+    person's first turn on; the first answer has at most 1,024 tokens, 2,048 with its question."""
+    text, rows, at = open(path, encoding="utf-8").read(), [], 1
+    decoder = json.JSONDecoder()
+    with contextlib.suppress(ValueError):  # the packaged file ends in the middle of a row
+        while True:
+            row, at = decoder.raw_decode(text, at + len(text[at:at + 9]) - len(text[at:at + 9].lstrip(" \n,")))
+            rows.append(row["conversations"])
+    random.Random(0).shuffle(rows)
+    kept = []
+    for row in rows:
+        while row and row[0]["from"] != "human":
+            row = row[1:]
+        turns = []
+        for user, answer in zip(row[::2], row[1::2]):
+            both = user["value"].strip() and answer["value"].strip()
+            if len(turns) == 5 or not both or (user["from"], answer["from"]) != ("human", "gpt"):
+                break
+            turns.append([len(tokenizer.encode(m["value"], add_special_tokens=False)) for m in (user, answer)])
+        if turns and sum(turns[0]) <= 2048 and turns[0][1] <= 1024:
+            kept.append(turns)
+        if len(kept) == 600:
+            return kept
+
+
+def make_pairs(n, seed, vocabulary, scale=1.0, prefix=None):
+    """Pairs of random ids with the lengths of real conversations and (H, h) by the law of section 4.2, within setting
+    one's limits; y' is as long as the answer at turn h of another conversation. prefix: the same one for all."""
+    rng, pairs = random.Random(seed), []
+    conversations = simulator.read_json(LENGTHS)
+    while len(pairs) < n:
+        H = rng.randint(1, 5)
+        h = rng.randint(1, H)
+        turns, other = (rng.choice([c for c in conversations if len(c) >= h]) for _ in range(2))
+        before = sum(u + HEADER for u, _ in turns[:h]) + sum(a + HEADER for _, a in turns[: h - 1])
+        lengths = [prefix or before, turns[h - 1][1] + 1, other[h - 1][1] + 1]
+        if max(lengths[1:]) <= 1024 and lengths[0] + max(lengths[1:]) <= 2048:
+            ids = [[rng.randrange(vocabulary) for _ in range(max(1, int(k * scale)))] for k in lengths]
+            pairs.append(refuel.Pair(*ids, (rng.random(), rng.random()), h, H))
+    return pairs
+
+
+def make_model(name, device):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, inner, layers, heads, kv, vocabulary = MODELS[name]
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, vocab_size=vocabulary,
+                         num_attention_heads=heads, num_key_value_heads=kv, max_position_embeddings=8192,
+                         initializer_range=hidden**-0.5)  # fmt: skip  (at 0.02 a wrong mask would hardly show)
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
+    if device == "cuda":  # weights, gradients and AdamW's state in bfloat16: 8B then fits one card
+        model = model.to(torch.bfloat16)
+        model.compute_dtype = torch.bfloat16
+    return model
+
+
+def flops(model, pairs):
+    """Of a step on unique tokens: one forward for the old log-probs, three for training; every multiply-add of a weight
+    by a token that needs it, the head's only at responses, attention's only where a token may look."""
+    body = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and p.dim() == 2)
+    config, forward = model.config, 0
+    for p in pairs:
+        s, y, y2 = len(p.prefix), len(p.y), len(p.y2)
+        seen = s * (s + 1) / 2 + sum(n * s + n * (n + 1) / 2 for n in (y, y2))
+        forward += 2 * (body * (s + y + y2) + config.vocab_size * config.hidden_size * (y + y2))
+        forward += 4 * config.num_hidden_layers * config.hidden_size * seen
+    return 4 * forward
+
+
+# --- the layouts ------------------------------------------------------------------------------------------------
+
+
+def two_rows(model, pairs, temperature=1.0):
+    """The prefix once for each response."""
+    halves = [p._replace(y2=[]) for p in pairs] + [p._replace(y=p.y2, y2=[]) for p in pairs]
+    return refuel_pair_logps(model, halves, temperature)[0].view(2, -1)
+
+
+def one_pair_a_row(lengths):
+    return [[i] for i in range(len(lengths))]
+
+
+def logits_everywhere(model, ids_RT, position_RT, mask_R1TT, where_N, target_N, temperature):
+    """As refuel.token_logps, but every position is projected onto the vocabulary."""
+    dtype = getattr(model, "compute_dtype", torch.float32)
+    hidden_ND = model.model(input_ids=ids_RT, attention_mask=mask_R1TT.to(dtype), position_ids=position_RT,
+                            use_cache=False).last_hidden_state.flatten(0, 1)  # fmt: skip
+    others = torch.ones(len(hidden_ND), dtype=torch.bool, device=hidden_ND.device).index_fill(0, where_N, False)
+    rows_MD = torch.cat([hidden_ND[where_N], hidden_ND[others]])
+    targets_M = F.pad(target_N, (0, len(rows_MD) - len(target_N)))
+    return refuel.SelectedLogps.apply(rows_MD, model.lm_head.weight, targets_M, temperature)[: len(target_N)]
+
+
+class InOnePiece:
+    """SelectedLogps by autograd, with all logits of the responses at once."""
+
+    @staticmethod
+    def apply(hidden_ND, weight_VD, target_N, temperature):
+        logp_NV = torch.log_softmax((hidden_ND @ weight_VD.T).float() / temperature, -1)
+        return logp_NV.gather(1, target_N[:, None])[:, 0]
+
+
+def padded(model, pairs, temperature=1.0, length=2048):
+    """The released code's layout: two rows padded to 2,048, log_softmax of every position over the vocabulary."""
+    rows = [p.prefix + r for r in ("y", "y2") for p in pairs for r in [getattr(p, r)]]
+    device = model.lm_head.weight.device
+    ids_BT = torch.tensor([r + [0] * (length - len(r)) for r in rows], device=device)
+    real_BT = torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in rows], device=device)
+    logits_BTV = model(ids_BT, attention_mask=real_BT, use_cache=False, output_hidden_states=True).logits[:, :-1]
+    logp_BTV = F.log_softmax(logits_BTV / temperature, dim=-1)
+    logp_BT = logp_BTV.gather(-1, ids_BT[:, 1:, None])[..., 0].float()
+    mask_BT = torch.zeros_like(logp_BT)
+    for mask_T, row, p in zip(mask_BT, rows, pairs * 2):
+        mask_T[len(p.prefix) - 1 : len(row) - 1] = 1
+    return (logp_BT * mask_BT).sum(-1).view(2, -1)
+
+
+def one_by_one(pairs, tokens):
+    return [([p], 1 / len(pairs)) for p in pairs]
+
+
+def flex_logps(model, ids_RT, position_RT, mask_R1TT, where_N, target_N, temperature):
+    """As refuel.token_logps, the mask as a block mask of flex attention: blocks that nobody sees are skipped."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    sees_RTT = mask_R1TT[:, 0] == 0
+    length = sees_RTT.shape[-1]
+    block = create_block_mask(lambda b, h, q, k: sees_RTT[b, q, k], len(ids_RT), None, length, length,
+                              device=ids_RT.device, _compile=ids_RT.is_cuda)  # fmt: skip
+    model.set_attn_implementation("flex_attention")
+    hidden_RTD = model.model(input_ids=ids_RT, attention_mask=block, position_ids=position_RT,
+                             use_cache=False).last_hidden_state  # fmt: skip
+    model.set_attn_implementation("sdpa")
+    return refuel.SelectedLogps.apply(hidden_RTD.flatten(0, 1)[where_N], model.lm_head.weight, target_N, temperature)
+
+
+refuel_pair_logps = refuel.pair_logps
+VARIANTS = {  # what of refuel is exchanged
+    "ours": {},
+    "without the shared prefix": dict(pair_logps=two_rows),
+    "without packing": dict(rows_of=one_pair_a_row),
+    "logits at every position": dict(token_logps=logits_everywhere),
+    "logits in one piece": dict(SelectedLogps=InOnePiece),
+    "the released layout": dict(pair_logps=padded, micro_batches=one_by_one),
+}
+
+
+@contextlib.contextmanager
+def exchanged(parts):
+    kept = {name: getattr(refuel, name) for name in parts}
+    vars(refuel).update(parts)
+    try:
+        yield
+    finally:
+        vars(refuel).update(kept)
+
+
+def run_step(model, optimizer, pairs, cfg, parts):
+    """Old log-probs, forward, backward, AdamW on one batch; returns the old log-probs (2, B)."""
+    with exchanged(parts):
+        old = refuel.with_old_logps(model, pairs, cfg)
+        refuel.regress(model, optimizer, old, cfg)
+    return torch.tensor([p.logps for p in old]).T
+
+
+class Trl:
+    """TRL's DPO step on the same ids: reference log-probs by the policy itself before it moves, then training_step."""
+
+    def __init__(self, model):
+        os.environ["TQDM_DISABLE"] = "1"
+        import toy
+        from datasets import Dataset
+        from trl import DPOConfig, DPOTrainer
+
+        words = {"prompt": ["something red"] * 4, "chosen": ["go on"] * 4, "rejected": ["not sure"] * 4}
+        cuda = model.lm_head.weight.is_cuda
+        options = DPOConfig(output_dir=os.path.join("runs", "trl"), precompute_ref_log_probs=True, max_length=2048,
+                            per_device_train_batch_size=4, gradient_checkpointing=False, bf16=cuda, use_cpu=not cuda,
+                            report_to=[])  # fmt: skip
+        self.trainer = DPOTrainer(model, args=options, train_dataset=Dataset.from_dict(words),
+                                  processing_class=toy.make_tokenizer())  # fmt: skip
+
+    def step(self, model, optimizer, pairs):
+        size, logps = self.trainer.args.per_device_train_batch_size, []
+        batches = [self.trainer.data_collator(
+            [dict(prompt_ids=p.prefix, chosen_ids=p.y, rejected_ids=p.y2) for p in pairs[i : i + size]])
+            for i in range(0, len(pairs), size)]  # fmt: skip
+        self.trainer.current_gradient_accumulation_steps = len(batches)
+        for batch in batches:
+            batch = {k: v.to(model.lm_head.weight.device) for k, v in batch.items()}
+            reference = self.trainer.compute_ref_log_probs(model, batch)
+            logps.append(torch.stack(reference).cpu())
+            batch |= dict(zip(("ref_chosen_logps", "ref_rejected_logps"), reference))
+            self.trainer.training_step(model, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+        return torch.cat(logps, 1)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------
+
+
+def clock(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def matmul_rate(model):
+    """FLOP/s of one large square product in the model's type: what the machine gives."""
+    device, dtype = model.lm_head.weight.device.type, model.lm_head.weight.dtype
+    n = 8192 if device == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    torch.mm(a, a)
+    start = clock(device)
+    for _ in range(5):
+        torch.mm(a, a)
+    return 5 * 2 * n**3 / (clock(device) - start)
+
+
+def peak_bytes(device, work):
+    """The most bytes that torch held during work(), above those it held before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    held = most = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def step_cfg(args, more=""):
+    """Setting one at a learning rate at which all variants see one policy."""
+    flags = f"--setting one --activation-checkpointing false --lr 1e-9 --micro-tokens {args.micro_tokens} {more}"
+    return refuel.read_config(flags.split())
+
+
+def measure_step(args):
+    """Variants by turns on the same pairs; each repeat draws new ones."""
+    model = make_model(args.model, args.device)
+    flags = f"--batch-size {args.pairs} --num-prompts {args.pairs} --temperature 1.0"  # TRL's temperature
+    cfg = step_cfg(args, flags)
+    if args.model == "8b":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = refuel.make_optimizer(model, cfg)
+    variants = dict(VARIANTS)
+    if args.device == "cuda":
+        variants["flex attention"] = dict(token_logps=flex_logps)
+    run = {name: lambda pairs, parts=parts: run_step(model, optimizer, pairs, cfg, parts)
+           for name, parts in variants.items()}  # fmt: skip
+    with contextlib.suppress(ImportError):
+        import trl
+
+        other = Trl(model)
+        run[f"TRL {trl.__version__}'s DPO"] = lambda pairs: other.step(model, optimizer, pairs)
+    run = {name: f for name, f in run.items() if not args.only or name in args.only or name.split()[0] in args.only}
+    vocabulary, scale = model.config.vocab_size, 0.05 if args.model == "tiny" else 1.0
+    run_step(model, optimizer, make_pairs(1, 10**6, vocabulary, scale), cfg, {})  # AdamW's state, the libraries' start
+    rates, rows = [], {name: dict(seconds=[], share=[], gap=0.0) for name in run}
+    for repeat in range(args.repeats):
+        pairs = make_pairs(args.pairs, args.seed + repeat, vocabulary, scale)
+        work, logps = flops(model, pairs), {}
+        rates.append(matmul_rate(model))
+        for name, step in run.items():
+            # one pair at a time, always padded to the same length: its time is that of one pair times their number
+            part = pairs[: args.sample] if name == "the released layout" else pairs
+            start = clock(args.device)
+            logps[name] = step(part)
+            rows[name]["seconds"].append((clock(args.device) - start) * len(pairs) / len(part))
+            rows[name]["share"].append(work / rows[name]["seconds"][-1] / rates[-1])
+            print(f"{repeat} {name}: {rows[name]['seconds'][-1]:.1f} s", file=sys.stderr, flush=True)
+        tokens = torch.tensor([[len(p.y) for p in pairs], [len(p.y2) for p in pairs]])
+        for name, logp_2B in logps.items():
+            gap = ((logp_2B - logps["ours"][:, : logp_2B.shape[1]]).abs() / tokens[:, : logp_2B.shape[1]]).max().item()
+            rows[name]["gap"] = max(rows[name]["gap"], gap)
+            assert gap < (1e-4 if args.device == "cpu" else 0.1), (name, gap)
+    pairs = make_pairs(args.pairs, args.seed, vocabulary, scale)
+    for name, step in run.items():
+        part = pairs[:1] if name == "the released layout" else pairs
+        rows[name]["peak"] = peak_bytes(args.device, lambda part=part, step=step: step(part))
+    for row in rows.values():
+        row["pairs_per_second"] = args.pairs / statistics.median(row["seconds"])
+        row["ours_over_it"] = statistics.median(s / o for s, o in zip(row["seconds"], rows["ours"]["seconds"]))
+        row["share"] = statistics.median(row["share"])
+    unique = sum(map(refuel.pair_length, pairs))
+    return dict(rows=rows, matmul=statistics.median(rates), pairs=args.pairs, unique_tokens=unique, device=args.device,
+                model=args.model, bound=flop_bound(model, args))  # fmt: skip
+
+
+def flop_bound(model, args):
+    """How many times the released layout's weight products are ours, over a thousand pairs."""
+    pairs = make_pairs(1000, 0, 10)
+    body = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and p.dim() == 2)
+    head = model.lm_head.weight.numel()
+    ours = sum(body * refuel.pair_length(p) + head * (len(p.y) + len(p.y2)) for p in pairs)
+    return len(pairs) * (body * 4096 + head * 4094) / ours
+
+
+def step_table(found):
+    lines = ["| layout | pairs a second | times ours | of the matmul rate | peak memory, GB | log-probs differ by |"]
+    lines.append("|---" * 6 + "|")
+    for name, r in found["rows"].items():
+        lines.append(f"| {name} | {r['pairs_per_second']:.3f} | {r['ours_over_it']:.2f} | {100 * r['share']:.0f} % | "
+                     f"{r['peak'] / 2**30:.2f} | {r['gap']:.0e} |")  # fmt: skip
+    return lines
+
+
+# --- how cost grows ---------------------------------------------------------------------------------------------
+
+
+def timed_steps(model, batches, repeats, base_cfg):
+    """[median seconds] of a step on each batch, by turns."""
+    optimizer = refuel.make_optimizer(model, base_cfg)
+    seconds = [[] for _ in batches]
+    for repeat in range(repeats + 1):  # the first round warms up
+        for batch, found in zip(batches, seconds):
+            cfg = refuel.replace(base_cfg, batch_size=len(batch))
+            start = clock(model.lm_head.weight.device.type)
+            run_step(model, optimizer, batch, cfg, {})
+            found.append(clock(model.lm_head.weight.device.type) - start)
+    return [statistics.median(found[1:]) for found in seconds]
+
+
+def one_rank(args):
+    """This process's part of a step on 16 pairs, under torchrun; rank 0 prints all ranks' seconds."""
+    model = make_model(args.model, args.device)
+    refuel.shard(model)
+    seconds = timed_steps(model, [make_pairs(16, args.seed, model.config.vocab_size)], args.repeats, step_cfg(args))
+    total = refuel.add_up(torch.tensor(seconds))[0].item()
+    if refuel.rank() == 0:
+        print(json.dumps(total))
+
+
+def measure_growth(args):
+    """Seconds of a step for each 1,000 unique tokens: with more pairs, with longer prefixes, on one and two ranks."""
+    model = make_model(args.model, args.device)
+    words, rows = model.config.vocab_size, []
+    many = make_pairs(8 * args.pairs, args.seed, words)
+    batches = {f"{k} times {args.pairs} pairs": many[: k * args.pairs] for k in (1, 2, 4, 8)}
+    ends = [p for p in many if max(len(p.y), len(p.y2)) <= 256][: args.pairs]  # with room for the longest prefix
+    for length in (128, 512, 1024, 1792):
+        ids = [i % words for i in range(length)]
+        batches[f"{len(ends)} pairs, a prefix of {length}"] = [p._replace(prefix=ids) for p in ends]
+    for name, batch, seconds in zip(batches, batches.values(), timed_steps(model, list(batches.values()), args.repeats,
+                                                                           step_cfg(args))):  # fmt: skip
+        tokens = sum(map(refuel.pair_length, batch))
+        rows.append(dict(what=name, tokens=tokens, seconds=seconds, flops=flops(model, batch)))
+    del model
+    for ranks in (1, 2) if args.device == "cpu" else ():
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        command += [__file__, "rank", "--model", args.model, "--repeats", str(args.repeats)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=True)
+        batch = make_pairs(16, args.seed, words)
+        rows.append(dict(what=f"16 pairs on {ranks} ranks", tokens=sum(map(refuel.pair_length, batch)),
+                         seconds=json.loads(done.stdout.splitlines()[-1])))  # fmt: skip
+    return dict(rows=rows, model=args.model)
+
+
+def growth_table(found):
+    lines = ["| batch | unique tokens | seconds, all ranks | ms a token | ps a FLOP |", "|---" * 5 + "|"]
+    for r in found["rows"]:
+        work = f"{1e12 * r['seconds'] / r['flops']:.1f}" if "flops" in r else "-"
+        lines.append(f"| {r['what']} | {r['tokens']} | {r['seconds']:.2f} | {1000 * r['seconds'] / r['tokens']:.2f} | "
+                     f"{work} |")  # fmt: skip
+    return lines
+
+
+# --- generation -------------------------------------------------------------------------------------------------
+
+
+def needed(pairs):
+    """Tokens that an engine which forgets nothing computes for these pairs (prefill, decode), and the prompts' length.
+
+    The last token of each answer is decoded and never fed until the next turn's prefill; a prompt's last token is
+    always computed, the second branch's too."""
+    count = dict(prefill=0, decode=0, prompts=0, turns=0)
+    for p in pairs:
+        for branch, d in enumerate(p.dialogues):
+            at = 0 if branch == 0 else len(p.prefix) - 1
+            for start, end in d.spans[branch * (p.h - 1) :]:
+                count["prompts"] += start
+                count["prefill"] += start - at
+                count["decode"] += end - start - 1
+                count["turns"] += 1
+                at = end - 1
+    return count
+
+
+OPENINGS = ["How do I keep basil alive indoors?", "Why is the sky dark at night?", "Plan a weekend in Lisbon, please.",
+            "What is a good first programming language?", "Explain compound interest.", "How does a heat pump work?",
+            "Suggest a name for a grey cat.", "What should I cook with leeks?"]  # fmt: skip
+
+
+def measure_generation(args):
+    """One collection, --pairs prompts, by each engine: tokens computed for each needed one, and their speed.
+
+    The toy without --policy; else the checkpoint as policy and user, on openings of this file."""
+    import data
+    import toy
+    from simulator import Dialogue
+
+    rows = []
+    for engine in (args.engine,) if args.engine else ("vllm", "transformers"):
+        path = args.policy or simulator.prepare_checkpoint("toy")
+        cfg = refuel.read_config(f"--setting toy --policy {path} --engine {engine}".split())
+        user, reward = toy.Customer(), toy.Reward()
+        if args.policy:
+            cfg = refuel.replace(cfg, user=path, dataset="bench", max_new_tokens=32, max_length=1024, max_dialogue=1024,
+                                 max_turns=3, max_failures=1.0)  # fmt: skip
+            user, reward = simulator.load_user(cfg), lambda dialogues: [float(len(d.ids)) for d in dialogues]
+        policy = simulator.load_engine(path, cfg)
+        if args.policy:
+            prompts = [Dialogue.start(policy.tokenizer, text) for text in (OPENINGS * args.pairs)[: args.pairs]]
+        else:
+            prompts = data.train_prompts(refuel.replace(cfg, num_prompts=args.pairs), policy.tokenizer, 1)
+        refuel.collect(prompts[:2], policy, user, reward, cfg, refuel.np.random.default_rng(9))  # the libraries' start
+        policy.tokens.clear(), getattr(user, "tokens", {}).clear()
+        start, dropped = time.process_time(), refuel.Counter()
+        pairs = refuel.collect(prompts, policy, user, reward, cfg, refuel.np.random.default_rng(0), dropped)
+        seconds = time.process_time() - start
+        rows.append(dict(engine=engine, prompts=len(prompts), dropped=dropped, seconds=seconds,
+                         needed=needed(pairs), policy=dict(policy.tokens), pairs=len(pairs),
+                         user=dict(getattr(user, "tokens", {}))))  # fmt: skip
+        print(rows[-1], file=sys.stderr, flush=True)
+    return dict(rows=rows, model=args.policy and os.path.basename(args.policy) or "toy")
+
+
+def generation_table(found):
+    lines = ["| engine | pairs | turns a pair | prefill: needed, computed, without a cache | decode: needed, computed "
+             "| sampled tokens a CPU second |", "|---" * 6 + "|"]  # fmt: skip
+    for r in found["rows"]:
+        n, p = r["needed"], r["policy"]
+        lines.append(f"| {r['engine']} | {r['pairs']} | {n['turns'] / r['pairs']:.2f} | {n['prefill']}, "
+                     f"{p['prefill']}, {n['prompts']} | {n['decode']}, {p['decode']} | "
+                     f"{(n['decode'] + n['turns']) / r['seconds']:.0f} |")  # fmt: skip
+        if r["user"]:
+            lines.append(f"| {r['engine']}, the user | | | {r['user']} | | |")
+    return lines
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["step", "growth", "generation", "lengths", "rank"])
+    parser.add_argument("file", nargs="?")
+    parser.add_argument("--model", choices=list(MODELS), default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sample", type=int, default=1, help="pairs of the released layout that are timed")
+    parser.add_argument("--micro-tokens", type=int, default=8192)
+    parser.add_argument("--only", nargs="*", default=[], help="layouts by name or first word")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--policy")
+    parser.add_argument("--engine")
+    parser.add_argument("--out", default=RESULTS)
+    args = parser.parse_args()
+    if args.what == "lengths":
+        rows = make_lengths(args.file, simulator.load_tokenizer(args.policy))
+        simulator.write_file(LENGTHS, "[\n" + ",\n".join(json.dumps(r, separators=(",", ":")) for r in rows) + "\n]\n")
+        return
+    refuel.start_processes()
+    if args.what == "rank":
+        return one_rank(args)
+    measure, table = {"step": (measure_step, step_table), "growth": (measure_growth, growth_table),
+                      "generation": (measure_generation, generation_table)}[args.what]  # fmt: skip
+    found = measure(args) | {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d")}
+    print("\n".join(table(found)))
+    kept = simulator.read_json(args.out) if os.path.exists(args.out) else {}
+    key = f"{args.what} {found['model']} {args.device}" + f" {' '.join(args.only)}" * bool(args.only)
+    simulator.write_file(args.out, json.dumps(kept | {key: found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
