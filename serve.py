@@ -6,6 +6,7 @@ Between the run and the server stands a watchdog, `python serve.py RUN COMMAND`:
 that the server has started when the run has ended in whatever way, SIGKILL included.
 """
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -167,20 +168,20 @@ def report(log, path, what):
     """One line that names the server, what befell it and the first error of its log; the rank that has started it shows
     the log's end before."""
     lines = tail(log, 400)
-    errors = [line for line in lines if re.search(r"\b\w*(Error|Exception): ", line)]
+    errors = [line for line in lines if re.search(r"\b\w*(Error|Exception): ", line) and "WARNING" not in line]
     if local_rank() == 0:
         print("\n".join(["", *(f"    {line[:300]}" for line in lines[-15:])]), file=sys.stderr, flush=True)
     return f"the user's server, vLLM with {path}, {what}{f': {errors[0][-300:].strip()}' if errors else ''}; see {log}"
 
 
 def stop(watchdog):
-    """Ask the watchdog to end the server, and wait until both are gone."""
+    """Ask the watchdog to end the server, and wait until it has; should somebody have killed it, end its group here."""
     watchdog.terminate()
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         watchdog.wait(30)
-    except subprocess.TimeoutExpired:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(watchdog.pid, signal.SIGKILL)
-        watchdog.wait()
+    watchdog.wait()
 
 
 def watch(run, words):
@@ -194,10 +195,8 @@ def watch(run, words):
         time.sleep(0.2)
     if server.poll() is None:
         server.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(10)
-        except subprocess.TimeoutExpired:
-            pass
     else:
         print(f"{ENDED} {server.returncode}", flush=True)
     os.killpg(os.getpgid(0), signal.SIGKILL)  # the server's engine and workers, and this process

@@ -1,4 +1,4 @@
-"""python tests/served.py OUT: a run with a served user, ended in every way, with vLLM's real server; prints a table.
+"""python tests/served.py OUT [END ...]: a run with a served user, ended in every way, with vLLM's real server; prints a table.
 
 Each row starts `torchrun --nproc_per_node 2 refuel.py --user serve:...`, waits until it plays, ends it as its name says
 and looks for what is left. After a server that dies under the run, the same command has to finish the run.
@@ -93,31 +93,31 @@ def one_rank(out):
         time.sleep(0.1)
 
 
-ENDS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}
+ENDS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}  # of torchrun
+WORDS = {"a rank": ("refuel.py --setting", "torch.distributed.run"), "the server": ("api_server --model", "serve.py"),
+         "its engine": ("spawn_main", "\0"), "its watchdog": ("serve.py ", "\0")}  # in and not in the command line
 
 
-def main(out):
+def main(out, names):
     from conftest import make_asker
 
-    os.makedirs(out)
+    os.makedirs(out, exist_ok=True)
     asker = make_asker(os.path.join(out, "asker"))
     flags = f"refuel.py --setting toy --user serve:{asker} --user-tokens 16 --engine transformers --num-prompts 512"
     flags += " --batch-size 32 --wave 16 --iterations 1 --eval-dialogues 16 --max-length 256 --out"
     print("| ended by | exit code | seconds until nothing is left | |\n|---|---|---|---|")
-    for name in ["its own end", *ENDS, "SIGKILL of rank 0", "SIGKILL of the server", "SIGKILL of the engine"]:
+    for name in names or ["its own end", *ENDS, *(f"SIGKILL of {one}" for one in WORDS)]:
         folder = os.path.join(out, name.replace(" ", "_"))
         run = partial(start, *TORCHRUN, *flags.split(), folder, mark=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         process = run()
         parts = os.path.join(folder, "iter_1", "pairs.jsonl.parts")
         assert wait_for(lambda: os.path.isdir(parts) and len(os.listdir(parts)) > 2, 600), process.communicate()[0]
         processes = alive(folder)
-        find = lambda word, ps=processes: min(pid for pid, line in ps.items() if word in line)  # noqa: E731
         if name in ENDS:
             process.send_signal(ENDS[name])
-        elif "rank" in name:
-            os.kill(find("refuel.py --setting"), signal.SIGKILL)
         elif "SIGKILL" in name:
-            os.kill(find("api_server --model" if "server" in name else "spawn_main"), signal.SIGKILL)
+            word, other = WORDS[name.removeprefix("SIGKILL of ")]
+            os.kill(min(pid for pid, line in processes.items() if word in line and other not in line), signal.SIGKILL)
         text, _ = process.communicate(timeout=900)
         seconds = wait_for(lambda: not alive(folder), 120)
         said = [line for line in text.splitlines() if "the user's server, vLLM" in line]
@@ -134,4 +134,4 @@ def main(out):
 
 if __name__ == "__main__":
     mode, *rest = sys.argv[1:]
-    {"fake": lambda: fake(int(rest[0])), "rank": lambda: one_rank(rest[0])}.get(mode, lambda: main(mode))()
+    {"fake": lambda: fake(int(rest[0])), "rank": lambda: one_rank(rest[0])}.get(mode, lambda: main(mode, rest))()
