@@ -449,6 +449,7 @@ def evaluate(policies, folder, policy, user, reward, cfg, judge=None, kl=True):
     if not whole:
         raise BadInput("every evaluation dialogue failed")
     played, scores = {name: [dialogues[i] for i in whole] for name, dialogues in played.items()}, shared(reward)
+    policy.sleep()  # any later use of it brings weights
     divergence = kl_to_reference(paths, played, cfg) if kl else {}
     results = {}
     for name, dialogues in played.items():

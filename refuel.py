@@ -44,6 +44,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
+import plan
 import rewards
 import simulator
 from simulator import BadInput, Dialogue, barrier, in_waves, rank, rollout, world
@@ -307,11 +308,12 @@ def train(cfg, speakers=None, prompts_of=data.train_prompts, collect=collect, lo
         policy.update(full_weights(model))
     for t in range(done + 1, cfg.iterations + 1):
         folder = os.path.join(cfg.out, f"iter_{t}")
+        if not cfg.policy_every:  # before the collection, which needs the memory of the last iteration's moments
+            optimizer = make_optimizer(model, cfg)
         prompts = prompts_of(cfg, policy.tokenizer, t)
         pairs = collected(folder, partial(collect, policy=policy, user=user, reward=reward, cfg=cfg), prompts, cfg, t)
+        policy.sleep()
         pairs = remembered_logps(folder, model, pi_0, pairs, cfg, t)
-        if not cfg.policy_every:
-            optimizer = make_optimizer(model, cfg)
         first_step = load_training(folder, model, optimizer)
         regress(model, optimizer, [regularised(p, cfg) for p in pairs], cfg, loss_fn, first_step,
                 Keeper(folder, model, optimizer, cfg, t), t)  # fmt: skip
@@ -989,7 +991,9 @@ def one_line(script):
 
 def main(argv=None):
     with one_line("refuel.py"):
-        cfg = read_config(argv)
+        cfg, extra = read_config(argv, **plan.FLAGS)
+        if extra["plan"]:
+            return plan.show(cfg, extra)
         start_processes()
         cfg = prepare(cfg)
         open_run(cfg)

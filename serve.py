@@ -8,7 +8,6 @@ that the server has started when the run has ended in whatever way, SIGKILL incl
 import atexit
 import contextlib
 import functools
-import json
 import os
 import re
 import signal
@@ -21,6 +20,7 @@ import urllib.request
 
 from tqdm import tqdm
 
+import plan
 from simulator import BadInput, Server, local_rank, world
 
 START = 1500  # seconds until the server must be healthy: a 70B is read from a slow disk in minutes
@@ -28,15 +28,16 @@ ENDED = "serve.py: the server has ended, status"
 
 
 @functools.lru_cache(maxsize=1)
-def start(path, log, room):
+def start(path, log, room, memory):
     """The server's URL, on every rank of the node; one server however often it is asked for.
 
-    path: a checkpoint folder; log: where the server writes; room: tokens of prompt and reply. A server that does not
+    path: a checkpoint folder; log: where the server writes; room: tokens of prompt and reply; memory: the
+    server's share of each GPU. A server that does not
     start is BadInput with the end of its log, on all ranks of all nodes."""
     port, why = None, None
     if local_rank() == 0:
         try:
-            port = launch(path, log, room)
+            port = launch(path, log, room, memory)
         except BadInput as error:
             why = str(error)
     places = told((node(), port, why))
@@ -52,8 +53,8 @@ class Served(Server):
     """The node's own server, asked like any other. Once it has ended nobody waits for it: the run stops in one line, and
     its own command starts both again and goes on from the last finished wave."""
 
-    def __init__(self, path, log, room, **options):
-        super().__init__(start(path, log, room), "user", timeout=1800, tries=3, flag="--user", **options)
+    def __init__(self, path, log, room, memory, **options):
+        super().__init__(start(path, log, room, memory), "user", timeout=1800, tries=3, flag="--user", **options)
         self.path, self.log, self.opener, self.key = path, log, direct(), ""
 
     def __call__(self, prompts, seeds=None, allowed=None):
@@ -78,13 +79,13 @@ def told(mine):
     return everybody
 
 
-def launch(path, log, room):
+def launch(path, log, room, memory):
     """Start the server behind its watchdog and return its port when it is healthy."""
     port = free_port()
     os.makedirs(os.path.dirname(log), exist_ok=True)
     with open(log, "wb") as out:
         watchdog = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), str(os.getpid()), *command(path, port, room)], stdin=subprocess.DEVNULL,
+            [sys.executable, os.path.abspath(__file__), str(os.getpid()), *command(path, port, room, memory)], stdin=subprocess.DEVNULL,
             stdout=out, stderr=out, env=environment(), start_new_session=True)  # fmt: skip
     atexit.register(stop, watchdog)
     print(f"serving {path} to the node (log: {log})", flush=True)
@@ -101,27 +102,19 @@ def launch(path, log, room):
     return port
 
 
-def command(path, port, room):
+def command(path, port, room, memory):
     """What `vllm serve` runs. By module, since vLLM's CPU build lacks the metadata that the script itself looks up."""
     import torch
 
     words = f"""--host 127.0.0.1 --port {port} --served-model-name user --dtype bfloat16 --max-model-len {room}
                 --generation-config vllm --seed 0 --disable-uvicorn-access-log"""  # vllm: no top-p of the checkpoint's
     if torch.cuda.is_available():
-        words += f" --tensor-parallel-size {tensor_parallel(path, torch.cuda.device_count())} --gpu-memory-utilization 0.3"
+        split = plan.tensor_parallel(plan.shape(path), torch.cuda.device_count())
+        words += f" --tensor-parallel-size {split} --gpu-memory-utilization {memory:.3f}"
     else:  # seeded requests crash the CPU build when a prefill is cut into chunks
         words += f""" --enforce-eager --block-size 32 --kv-cache-memory-bytes {1 << 30} --no-enable-chunked-prefill
                      --max-num-batched-tokens {max(room, 8192)}"""
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path, *words.split()]
-
-
-def tensor_parallel(path, gpus):
-    """The most of a node's GPUs over which a model's attention heads can be shared out evenly."""
-    with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
-        config = json.load(file)
-    heads = config["num_attention_heads"]
-    groups = config.get("num_key_value_heads") or heads
-    return max(n for n in range(1, gpus + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0))
 
 
 def environment():

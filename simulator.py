@@ -241,6 +241,7 @@ class Engine:
     """A checkpoint that samples: temperature only, no top-p, no top-k, no repetition penalty.
 
     generate(prompts, seeds, limits) -> [(ids, truncated, logp)]    ids end with the end token unless truncated
+    sleep()                     leaves the GPU until the next update
     update(weights)             new weights in place: an iterable of (name, tensor) in the checkpoint's names
     tokens                      what was computed: prefill (padding included), decode; and cached, what was not
     """
@@ -304,9 +305,13 @@ class TransformersEngine(Engine):
             answers.append((ids[: end or limit], end is None, sum(logps[: end or limit])))
         return answers
 
+    def sleep(self):
+        self.model.to("cpu")
+
     def update(self, weights):
         import torch
 
+        self.model.to(self.device)
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, tensor in weights:
@@ -340,7 +345,7 @@ class VLLMEngine(Engine):
 
     Paged KV cache with prefix caching: a later turn finds its dialogue cached, so only new tokens are computed."""
 
-    def __init__(self, path, max_new_tokens, temperature, max_length, memory=0.3):
+    def __init__(self, path, max_new_tokens, temperature, max_length, memory=None):
         super().__init__(path, max_new_tokens, temperature, max_length)
         import torch
 
@@ -348,13 +353,14 @@ class VLLMEngine(Engine):
         from vllm import LLM
 
         if torch.cuda.is_available():
-            options = dict(dtype="bfloat16", gpu_memory_utilization=memory)
+            options = dict(dtype="bfloat16", gpu_memory_utilization=memory, enable_sleep_mode=True)
             if world() > 1:  # takes LOCAL_RANK's device, the plain form device 0
                 options["distributed_executor_backend"] = "external_launcher"
         else:  # seeded requests crash the CPU build when a prefill is cut into chunks
             room = max(128 << 20, 8 * max_length * cache_bytes(path))
             options = dict(dtype="float32", enforce_eager=True, kv_cache_memory_bytes=room, block_size=32,
                            enable_chunked_prefill=False, max_num_batched_tokens=max(max_length, 8192))  # fmt: skip
+        self.asleep = False
         self.engine = LLM(str(path), max_model_len=max_length, max_num_seqs=256, seed=0, generation_config="vllm",
                           enable_prefix_caching=True, logprobs_mode="processed_logprobs", skip_tokenizer_init=True,
                           disable_log_stats=True, **options)  # fmt: skip
@@ -376,8 +382,25 @@ class VLLMEngine(Engine):
             answers.append((list(out.token_ids), out.finish_reason == "length", logp))
         return answers
 
+    def sleep(self):
+        """Leave the GPU to the trainer, weights and cache dropped, until new weights come. (On a CPU: nothing.)"""
+        import torch
+
+        if torch.cuda.is_available() and not self.asleep:
+            self.engine.sleep(level=2)
+            self.asleep = True
+
     def update(self, weights):
+        import torch
+
+        if self.asleep:
+            torch.cuda.empty_cache()  # what the trainer's allocator keeps is not the engine's yet
+            self.engine.wake_up(tags=["weights"])
         self.engine.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(weights)))
+        if self.asleep:
+            torch.cuda.empty_cache()
+            self.engine.wake_up(tags=["kv_cache"])
+            self.asleep = False
         self.engine.reset_prefix_cache()  # without it the next answers are computed from the old policy's cache
 
 
@@ -389,7 +412,15 @@ def cache_bytes(path):
     return 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
 
-def load_engine(path, cfg):
+def gpu_share(cfg, who):
+    """The part of a GPU's memory that vLLM may take for the policy or the user; plan.py computes it."""
+    import plan
+    import torch
+
+    return plan.share(cfg, who) if torch.cuda.is_available() else None
+
+
+def load_engine(path, cfg, who="policy"):
     """The engine that `cfg.engine` names, over one checkpoint; auto takes vLLM where it is installed."""
     name = cfg.engine
     if name == "auto":
@@ -397,7 +428,8 @@ def load_engine(path, cfg):
     if name == "vllm" and not importlib.util.find_spec("vllm"):
         raise BadInput("--engine vllm: vllm is not installed (pip install -r requirements-gpu.txt)")
     engine = {"vllm": VLLMEngine, "transformers": TransformersEngine}[name]
-    return engine(path, cfg.max_new_tokens, cfg.temperature, cfg.max_length)
+    more = dict(memory=gpu_share(cfg, who)) if name == "vllm" else {}
+    return engine(path, cfg.max_new_tokens, cfg.temperature, cfg.max_length, **more)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -502,7 +534,7 @@ class Local:
 
     def __init__(self, path, cfg, temperature, max_tokens, room, whole=False):
         cfg = replace(cfg, temperature=temperature, max_new_tokens=max_tokens, max_length=longest_prompt(path, room))
-        self.engine, self.wave, self.whole = load_engine(path, cfg), cfg.wave, whole
+        self.engine, self.wave, self.whole = load_engine(path, cfg, "user"), cfg.wave, whole
 
     def __call__(self, prompts, seeds=None, allowed=None):
         tokenizer, seeds = self.engine.tokenizer, seeds or prompts
@@ -644,7 +676,8 @@ def load_user(cfg):
         if cfg.user.startswith("serve:"):
             import serve
 
-            ask = serve.Served(path, os.path.join(cfg.out, f"user_{serve.node()}.log"), room, **user_options(cfg))
+            ask = serve.Served(path, os.path.join(cfg.out, f"user_{serve.node()}.log"), room,
+                               gpu_share(cfg, "user"), **user_options(cfg))  # fmt: skip
         else:
             ask = Local(path, cfg, cfg.user_temperature, cfg.user_tokens, room, whole=True)
     return LLMUser(ask, 8 * cfg.user_tokens, cfg.max_failures)

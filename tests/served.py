@@ -81,12 +81,12 @@ def one_rank(out):
     import serve
     from simulator import rank, world, write_file
 
-    serve.command = lambda path, port, room: [sys.executable, os.path.abspath(__file__), "fake", str(port)]
+    serve.command = lambda path, port, room, memory: [sys.executable, os.path.abspath(__file__), "fake", str(port)]
     if world() > 1:
         import refuel
 
         refuel.start_processes()
-    ask = serve.Served("a model", os.path.join(out, "user_0.log"), 99)
+    ask = serve.Served("a model", os.path.join(out, "user_0.log"), 99, None)
     replies = list(ask(["hello"]))
     write_file(os.path.join(out, f"rank_{rank()}.json"), json.dumps([ask.url, replies]))
     while not os.path.exists(os.path.join(out, "end")):

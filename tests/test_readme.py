@@ -6,6 +6,7 @@ import shlex
 import pytest
 
 import baselines
+import plan
 import refuel
 from conftest import ROOT
 
@@ -20,7 +21,8 @@ def test_a_command_of_the_readme_parses(command):
     words = shlex.split(re.sub(r"\b(S|NAME|DIR)\b", "0", command))
     script = next(i for i, w in enumerate(words) if w.endswith(".py"))
     assert os.path.exists(os.path.join(ROOT, words[script]))
-    extra = {"baselines.py": dict(method={}, grid=dict(action="store_true")), "simulator.py": dict(show=dict(type=int))}
+    extra = {"baselines.py": dict(method={}, grid=dict(action="store_true")), "simulator.py": dict(show=dict(type=int)),
+             "refuel.py": plan.FLAGS}
     if words[script] in ("refuel.py", "baselines.py", "simulator.py"):
         more = extra.get(words[script], {})
         parsed = refuel.read_config(words[script + 1 :], **more)

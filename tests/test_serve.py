@@ -1,6 +1,5 @@
 """The user's server lives as long as the run. The real one is started once here; `python tests/served.py OUT` ends a run
 with it in every way."""
-import json
 import os
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from simulator import BadInput, Dialogue
 def fake(monkeypatch):
     """A server that is no model, with a child that does not listen to SIGTERM, in the place of vLLM's."""
     script = os.path.join(ROOT, "tests", "served.py")
-    monkeypatch.setattr(serve, "command", lambda path, port, room: [sys.executable, script, "fake", str(port)])
+    monkeypatch.setattr(serve, "command", lambda path, port, room, memory: [sys.executable, script, "fake", str(port)])
     serve.start.cache_clear()
     yield
     serve.start.cache_clear()
@@ -81,7 +80,7 @@ def test_a_server_that_does_not_start_is_one_line_and_the_end_of_its_log(tmp_pat
     monkeypatch.setattr(serve, "command", lambda *_: [sys.executable, "-c", words])
     serve.start.cache_clear()
     with pytest.raises(BadInput, match="ended before it was ready: MemoryError: no room for the user; see .*log") as stop:
-        serve.start("a model", str(tmp_path / "new" / "user_0.log"), 9)
+        serve.start("a model", str(tmp_path / "new" / "user_0.log"), 9, None)
     assert "\n" not in str(stop.value) and "    loading\n" in capsys.readouterr().err and watchdogs[0].wait(9) is not None
 
 
@@ -90,15 +89,15 @@ def test_a_server_that_is_never_ready_is_ended(tmp_path, monkeypatch, watchdogs)
     monkeypatch.setattr(serve, "START", 1)
     serve.start.cache_clear()
     with pytest.raises(BadInput, match="not ready after 1 seconds"):
-        serve.start("a model", str(tmp_path / "user_0.log"), 9)
+        serve.start("a model", str(tmp_path / "user_0.log"), 9, None)
     assert watchdogs[0].poll() is not None
 
 
 def test_the_node_asks_its_server_directly_and_keeps_the_key_to_itself(tmp_path, monkeypatch, fake, watchdogs):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("OPENAI_API_KEY", "a-secret-key")
-    ask = serve.Served("a model", str(tmp_path / "user_0.log"), 9)
-    again = serve.Served("a model", str(tmp_path / "user_0.log"), 9)
+    ask = serve.Served("a model", str(tmp_path / "user_0.log"), 9, None)
+    again = serve.Served("a model", str(tmp_path / "user_0.log"), 9, None)
     assert list(ask(["hello"])) == [(0, "Question: go on", None)] and ask.key == ""
     assert again.url == ask.url and len(watchdogs) == 1  # all methods of baselines.py share one server
 
@@ -119,15 +118,6 @@ def test_vllm_plays_the_user_and_its_death_stops_the_run_in_one_line(cfg, tmp_pa
         user.reply([d] * 30)
     assert time.monotonic() - began < 60 and watchdogs[0].wait(30) is not None
     serve.start.cache_clear()
-
-
-@pytest.mark.parametrize("heads, groups, gpus, expected", [
-    (64, 8, 8, 8), (32, 8, 8, 8), (9, 3, 8, 3), (64, 8, 6, 4), (1, 1, 4, 1), (12, 12, 8, 6), (32, 8, 1, 1),
-])  # fmt: skip
-def test_tensor_parallelism_divides_the_heads(heads, groups, gpus, expected, tmp_path):
-    config = {"num_attention_heads": heads, "num_key_value_heads": groups}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert serve.tensor_parallel(str(tmp_path), gpus) == expected
 
 
 def test_a_served_user_is_checked_before_anything_is_started(cfg, monkeypatch):

@@ -1,0 +1,90 @@
+"""python tests/memory.py RANKS: the trainer's peak memory on a CPU against --plan's, for a random Llama of 106 M parameters.
+
+Each phase's peak of anonymous resident memory beyond what the process had before the model, sampled every 2 ms; the
+largest of all ranks. MALLOC_MMAP_THRESHOLD_ gives freed tensors back at once, so that the peak is what is in use."""
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+
+
+class Peak(threading.Thread):
+    """RssAnon of this process, and its maximum since the last `read`."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.peak = 0
+        self.start()
+
+    def now(self):
+        with open("/proc/self/status") as file:
+            return 1024 * int(next(line for line in file if line.startswith("RssAnon")).split()[1])
+
+    def run(self):
+        while True:
+            self.peak = max(self.peak, self.now())
+            time.sleep(0.002)
+
+    def read(self):
+        peak, self.peak = max(self.peak, self.now()), 0
+        return peak
+
+
+def measure(path, flags):
+    import refuel
+    from conftest import random_pairs
+
+    cfg = refuel.read_config([*flags.split(), "--policy", path])
+    refuel.start_processes()
+    small = os.path.join(path, "small")  # the same once before, so that nothing is imported while it is measured
+    model = refuel.load_policy(small, cfg)
+    refuel.regress(model, refuel.make_optimizer(model, cfg), random_pairs(4), cfg)
+    pairs = [p._replace(prefix=[7] * 120, y=[8] * 60, y2=[9] * 60) for p in random_pairs(4)]
+    peak = Peak()
+    before = peak.read()
+    model = refuel.load_policy(path, cfg)
+    found = {"collect": peak.now()}
+    peak.read()
+    pairs = refuel.with_old_logps(model, pairs, cfg)
+    found["log-probs"] = peak.read()
+    refuel.regress(model, refuel.make_optimizer(model, cfg), pairs, cfg)
+    found["train"] = peak.read()
+    row = refuel.torch.tensor([found[k] - before for k in found], dtype=refuel.torch.float64)
+    refuel.dist.all_reduce(row, refuel.dist.ReduceOp.MAX)
+    return dict(zip(found, row.tolist())), cfg, refuel.world()
+
+
+def main():
+    import plan
+    from simulator import rank
+
+    for checkpointing in ("false", "true"):
+        flags = f"--setting toy --batch-size 2 --num-prompts 4 --micro-tokens 2048 --activation-checkpointing {checkpointing}"
+        found, cfg, ranks = measure(sys.argv[2], flags)
+        planned = plan.trainer(plan.shape(sys.argv[2]), cfg, ranks, ranks, (240, 120), c=4)
+        if rank() == 0:
+            for phase, value in found.items():
+                print(f"| {ranks} | {checkpointing} | {phase} | {value / 2**20:.0f} | {planned[phase] / 2**20:.0f} | "
+                      f"{100 * (planned[phase] / value - 1):+.0f} % |", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        with tempfile.TemporaryDirectory() as folder:
+            small = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+            large = dict(vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12)
+            LlamaForCausalLM(LlamaConfig(**large)).save_pretrained(folder)
+            LlamaForCausalLM(LlamaConfig(**small)).save_pretrained(os.path.join(folder, "small"))
+            print("| ranks | activation checkpointing | phase | measured, MiB | plan, MiB | |\n|---|---|---|---|---|---|")
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", sys.argv[1]]
+            done = subprocess.run([*command, os.path.abspath(__file__), sys.argv[1], folder], timeout=900,
+                                  env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})  # fmt: skip
+            sys.exit(done.returncode)
+    main()

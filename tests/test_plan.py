@@ -1,0 +1,110 @@
+"""--plan: closed forms against enumeration, real models and a real collection. Memory: `python tests/memory.py RANKS`."""
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import plan
+import refuel
+import toy
+from simulator import BadInput
+
+DEFAULTS = {name: options.get("default", False) for name, options in plan.FLAGS.items()}
+
+
+@pytest.mark.parametrize("max_turns, expected", [(1, (1, 1)), (5, (3, 2))])
+def test_the_law_has_the_papers_means(max_turns, expected):
+    assert plan.law(max_turns) == pytest.approx(expected)
+    h, H = refuel.sample_resets(100_000, 7, np.random.default_rng(0))
+    assert plan.law(7) == pytest.approx((H.mean(), h.mean()), rel=0.01)
+
+
+@pytest.mark.parametrize("more", [{}, dict(num_key_value_heads=2, head_dim=16), dict(tie_word_embeddings=True)])
+def test_parameters_and_cache_are_those_of_the_model(more, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, vocab_size=99,
+                         **more)  # fmt: skip
+    config.save_pretrained(tmp_path)
+    m = plan.shape(str(tmp_path))
+    model = LlamaForCausalLM(config)
+    assert m.P == sum(p.numel() for p in model.parameters()) and m.layers * m.layer + m.root == m.P
+    cache = model(torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
+    held = sum(x.numel() for layer in cache.layers for x in (layer.keys, layer.values))
+    assert 3 * m.cache == 2 * held  # bytes in bfloat16
+
+
+def test_the_papers_models_have_their_published_sizes_and_the_toy_its_own(base):
+    sizes = [plan.shape(name).P / 1e9 for name in ("meta-llama/Meta-Llama-3-8B-Instruct", "meta-llama/Llama-3.1-70B-Instruct")]
+    assert sizes == pytest.approx([8.0303, 70.5537], abs=1e-4) and plan.shape("toy") == plan.shape(base)
+
+
+class Clerk:
+    """A policy that needs no model, and counts."""
+
+    def __init__(self):
+        self.tokenizer, self.count, self.max_new_tokens = toy.make_tokenizer(), Counter(), 16
+
+    def answer(self, dialogues):
+        answers = []
+        for d in dialogues:
+            text = toy.clerk(d.messages, toy.random.Random(d.seed("policy")), 0.9, 0.9, 0.5) + " <|end|>"
+            answers.append((self.tokenizer.encode(text, add_special_tokens=False), False, -1.0))
+        self.count["policy: sampled"] += sum(len(ids) for ids, *_ in answers)
+        return answers
+
+
+def test_tokens_are_those_of_a_real_collection(cfg):
+    clerk, n = Clerk(), 1500
+    pairs = refuel.collect(data.train_prompts(replace(cfg, num_prompts=n), clerk.tokenizer, 1), clerk, toy.Customer(),
+                           toy.Reward(), cfg, np.random.default_rng(0))  # fmt: skip
+    answers = [end - start for p in pairs for d in p.dialogues for start, end in d.spans]
+    questions = [start - before for p in pairs for d in p.dialogues
+                 for (start, _), before in zip(d.spans, [0] + [end for _, end in d.spans])]  # fmt: skip
+    count = clerk.count | Counter({
+        "reward: read": sum(len(d.ids) for p in pairs for d in p.dialogues),
+        "trainer: forward and backward": sum(refuel.pair_length(p) for p in pairs),
+        "policy: prefilled": sum(d.spans[h][0] - (d.spans[h - 1][1] if h else 0) for p in pairs for k, d in
+                                 enumerate(p.dialogues) for h in range(p.h if k else 0, p.H)),
+    })  # fmt: skip
+    planned = plan.tokens(cfg, np.mean(answers), np.mean(questions), 0)
+    for name in count:
+        made = n if name == "policy: sampled" else len(pairs)  # identical responses were played and dropped
+        assert count[name] / made == pytest.approx(planned[name], rel=0.05), name
+    assert planned["user: sampled"] == 0  # a scripted customer
+
+
+def test_a_plan_needs_no_model_and_says_what_does_not_fit(capsys, monkeypatch):
+    monkeypatch.setattr(refuel, "start_processes", lambda: pytest.fail("something was started"))
+    for setting in refuel.SETTINGS:
+        refuel.main(["--setting", setting, "--plan"])
+        text = capsys.readouterr().out
+        assert all(f"| {phase} |" in text for phase in ("collect", "train", "evaluate: KL")) and "hours" in text
+    with pytest.raises(SystemExit) as stop:
+        refuel.main("--setting one --plan --gpus 2".split())
+    assert stop.value.code == 2 and "GPUs of 79 GiB leave" in capsys.readouterr().err
+
+
+def test_every_phase_of_setting_one_fits_80_gb_and_the_engines_get_all_that_is_left():
+    cfg = refuel.read_config(["--setting", "one"])
+    phases, held = plan.memory(cfg, DEFAULTS)
+    sums = {phase: sum(row.values()) / plan.GIB for phase, row in phases.items()}
+    assert max(sums.values()) <= 79 and sums["collect"] == pytest.approx(79 * (1 - plan.MARGIN))
+    assert held["policy"] > 50 and held["user"] > 100
+    shares = plan.engines(cfg, 8, 1, 79 * plan.GIB)
+    assert shares["user"] > 2 * 70.55e9 / 8 and shares["policy"] > 2 * 8.03e9
+
+
+@pytest.mark.parametrize("heads, groups, gpus, expected", [
+    (64, 8, 8, 8), (32, 8, 8, 8), (9, 3, 8, 3), (64, 8, 6, 4), (1, 1, 4, 1), (12, 12, 8, 6), (32, 8, 1, 1),
+])  # fmt: skip
+def test_tensor_parallelism_divides_the_heads(heads, groups, gpus, expected):
+    assert plan.tensor_parallel(plan.Shape(1, 1, 1, heads, groups, 1, 1, 0), gpus) == expected
+
+
+def test_an_unknown_model_is_named():
+    with pytest.raises(BadInput, match="no-such/model"):
+        plan.shape("no-such/model")
