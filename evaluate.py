@@ -106,6 +106,9 @@ def summary(dialogues, reference, judge, reward, whole=False):
     verdict_NH = 100 * judged(dialogues, reference, judge, whole)
     win_H, (low_H, high_H) = verdict_NH.mean(0), bootstrap(verdict_NH)
     reward_NH = np.stack([reward(stage) for stage in stages(dialogues, whole)], axis=1)
+    bad = next((d for d, finite in zip(dialogues, np.isfinite(reward_NH).all(1)) if not finite), None)
+    if bad:
+        raise BadInput(f"the reward of a dialogue is not finite: {bad.messages[0]['content'][:200]!r}")
     avg_low, avg_high = bootstrap(verdict_NH.mean(1, keepdims=True))[:, 0]
     seen_NH = lengths(dialogues, whole)  # what the judge saw at turn h
     turns_N = np.array([len(d.spans) for d in dialogues])
@@ -383,7 +386,8 @@ def kind(path):
     """What two checkpoints must share for one to take the other's weights: architecture, vocabulary, template."""
     from transformers import AutoConfig
 
-    config, tokenizer = AutoConfig.from_pretrained(path).to_dict(), simulator.load_tokenizer(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False).to_dict()
+    tokenizer = simulator.load_tokenizer(path)
     names = ("_name_or_path", "dtype", "transformers_version", "architectures")
     return {k: v for k, v in config.items() if k not in names}, tokenizer.get_vocab(), tokenizer.chat_template
 
@@ -613,6 +617,8 @@ def main(argv=None):
         refuel.start_processes()
         policies = named(policies)
         cfg = replace(cfg, reference=simulator.prepare_checkpoint(cfg.reference))
+        for path in (cfg.reference, *policies.values()):
+            simulator.check_positions(path, cfg)
         data.test_prompts(cfg, simulator.load_tokenizer(cfg.reference))
         simulator.check_user(cfg), rewards.check_reward(cfg)
         claim(cfg.out, {"base": cfg.reference, **policies}, cfg)

@@ -280,13 +280,14 @@ def regress(model, optimizer, pairs, cfg, loss_fn=refuel_loss, first_step=0, aft
             (loss * share * world()).backward()  # FSDP takes the mean over ranks, Eq. 1 the mean over the batch
             sums += share * step_sums(loss.detach(), logp_2B.detach() - old_logp_2B, reward_2B)
         norm = gradient_norm(model)
+        metrics = read_sums(add_up(sums)) | {"gradient_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
+        if not math.isfinite(metrics["loss"] + norm):
+            raise BadInput(f"step {step}: loss {metrics['loss']}, gradient norm {norm}; the weights are those before it; "
+                           + blame(model, pairs, batch, cfg, loss_fn))  # fmt: skip
         optimizer.step()
         optimizer.zero_grad()
-        metrics = read_sums(add_up(sums)) | {"gradient_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
         tokens = sum(pair_length(pairs[i]) for i in batch)
         metrics["tokens_per_second"] = round(tokens / (time.time() - start))
-        if not math.isfinite(metrics["loss"] + norm):
-            raise BadInput(f"step {step}: the loss is {metrics['loss']}, the gradient's norm {norm}; pairs {batch}")
         if after_step:
             after_step(step, metrics)
     return metrics
@@ -529,7 +530,50 @@ def with_old_logps(model, pairs, cfg):
             logp_2B = pair_logps(model, micro, cfg.temperature).cpu()
             if share:
                 logp_N2[[index[id(p)] for p in micro]] = logp_2B.T
-    return [p._replace(logps=tuple(row)) for p, row in zip(pairs, add_up(logp_N2).tolist())]
+    pairs = [p._replace(logps=tuple(row)) for p, row in zip(pairs, add_up(logp_N2).tolist())]
+    for p in pairs:
+        if not math.isfinite(sum(p.logps)):
+            raise BadInput(f"ln pi is not finite: {describe(p)}")
+    return pairs
+
+
+def kept_logps(folder, model, pairs, cfg):
+    """with_old_logps, the pairs of checkpoint_steps batches at a time, each lot kept on disk until all are done: a kill
+    costs no more here than in training."""
+    size, done = cfg.batch_size * cfg.checkpoint_steps, []
+    if len(pairs) <= size:
+        return with_old_logps(model, pairs, cfg)
+    for start in range(0, len(pairs), size):
+        path, lot = os.path.join(folder, f"{start:08d}.jsonl"), pairs[start : start + size]
+        if os.path.exists(path):  # or not, on all ranks alike: it is written after all of them have been here
+            done += [p._replace(logps=tuple(row)) for p, row in zip(lot, simulator.read_lines(path), strict=True)]
+            continue
+        done += (lot := with_old_logps(model, lot, cfg))
+        if rank() == 0:
+            os.makedirs(folder, exist_ok=True)
+            simulator.write_lines(path, [p.logps for p in lot])
+    return done
+
+
+def describe(pair):
+    opening = pair.dialogues[0].messages[0]["content"] if pair.dialogues else pair.prefix
+    return f"h = {pair.h} of {pair.H}, rewards {pair.rewards}, ln pi_t {pair.logps}, first prompt {str(opening)[:200]!r}"
+
+
+def blame(model, pairs, batch, cfg, loss_fn):
+    """The pairs of a batch whose own loss or gradient is not finite, in words; every rank looks at all of them."""
+    found = []
+    for i in batch:
+        model.zero_grad()
+        logp_21 = pair_logps(model, [pairs[i]], cfg.temperature)
+        old_21, reward_21 = (torch.tensor([x], device=logp_21.device).T for x in (pairs[i].logps, pairs[i].rewards))
+        (loss := loss_fn(logp_21, old_21, reward_21, cfg.eta)).backward()
+        if not math.isfinite(loss.item() + gradient_norm(model)):
+            found.append(i)
+    if not found:
+        return "no pair alone, but the batch as a whole"
+    more = f" and {len(found) - 1} more of this batch" if len(found) > 1 else ""
+    return f"pair {found[0] + 1} of pairs.jsonl{more}: {describe(pairs[found[0]])}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -560,9 +604,11 @@ def load_policy(path, cfg):
     holds the whole model."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    if not (hasattr(model, "lm_head") and hasattr(getattr(model, "model", None), "rotary_emb")):
+        raise BadInput(f"{path} is a {config.model_type}, and only policies of Llama's shape are trained here")
     if cfg.train_layers:  # Paper: the last four layers. (Released code: the last norm and lm_head besides.)
         model.requires_grad_(False)
         model.model.layers[-cfg.train_layers :].requires_grad_(True)
@@ -697,7 +743,13 @@ def load_training(folder, model, optimizer):
 
     folder = os.path.join(folder, "training")
     marker = os.path.join(folder, "step.json")
-    if not os.path.exists(marker) or (saved := simulator.read_json(marker))["ranks"] != world():
+    if not os.path.exists(marker):
+        return 0
+    saved = simulator.read_json(marker)
+    if saved["ranks"] != world():
+        if rank() == 0:
+            print(f"{folder} is the state of {saved['ranks']} processes, not of {world()}: this iteration's training "
+                  "begins again, its pairs are kept", flush=True)  # fmt: skip
         return 0
     state = load_file(os.path.join(folder, f"step_{saved['step']}_rank_{rank()}.safetensors"))
     for p in optimizer.param_groups[0]["params"]:
@@ -763,6 +815,8 @@ def collected(folder, collect, prompts, cfg, t):
     dropped = sum((Counter(row["dropped"]) for row in rows if "dropped" in row), Counter())
     if not pairs:
         raise BadInput(f"no pair is left of {len(prompts)} prompts: {dict(dropped)}")
+    if rank() == 0 and all(p.rewards[0] == p.rewards[1] for p in pairs):
+        print(f"iteration {t}: in no pair do the two rewards differ; Eq. 1 then keeps the policy as it is", flush=True)
     if rank() == 0 and not os.path.exists(os.path.join(folder, "logps.jsonl")):
         log(cfg, {"iteration": t, "phase": "collect", "pairs": len(pairs), "dropped": dropped,
                   "reward": float(np.mean([p.rewards for p in pairs])),
@@ -785,7 +839,7 @@ def remembered_logps(folder, model, pi_0, pairs, cfg, t):
     computed."""
     path = os.path.join(folder, "logps.jsonl")
     if not os.path.exists(path):
-        pairs = with_old_logps(model, pairs, cfg)
+        pairs = kept_logps(f"{path}.parts", model, pairs, cfg)
         base = pairs
         if cfg.gamma:
             with exchanged(model, pi_0):
@@ -802,6 +856,7 @@ def remembered_logps(folder, model, pi_0, pairs, cfg, t):
             print(", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
             log(cfg, row)
             simulator.write_lines(path, [p.logps + b.logps for p, b in zip(pairs, base)])
+            shutil.rmtree(f"{path}.parts", ignore_errors=True)
         barrier()
     rows = simulator.read_lines(path)
     return [p._replace(logps=tuple(r[:2]), base_logps=tuple(r[2:])) for p, r in zip(pairs, rows, strict=True)]
@@ -904,6 +959,7 @@ def prepare(cfg):
     """Check the inputs and the run's folder before any model is loaded; returns cfg with its checkpoints' folders."""
     for name in ("policy", "reference"):
         cfg = replace(cfg, **{name: simulator.prepare_checkpoint(getattr(cfg, name))})
+        simulator.check_positions(getattr(cfg, name), cfg)
     tokenizer = simulator.load_tokenizer(cfg.policy)
     data.train_prompts(cfg, tokenizer, 1)
     data.test_prompts(cfg, tokenizer)

@@ -37,7 +37,8 @@ class RewardModel:
         import torch
         from transformers import AutoTokenizer
 
-        self.tokenizer, self.batch_tokens, self.tokens = AutoTokenizer.from_pretrained(path), tokens, Counter()
+        self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        self.batch_tokens, self.tokens = tokens, Counter()
         if not self.tokenizer.chat_template:
             raise BadInput(f"--reward {path} has no chat template")
         cuda = torch.cuda.is_available()
@@ -87,7 +88,8 @@ class SequenceReward(RewardModel):
     def load(self, path, dtype):
         from transformers import AutoModelForSequenceClassification
 
-        model, info = AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, trust_remote_code=False)  # fmt: skip
         if info["missing_keys"] or model.config.num_labels != 1 or not hasattr(model, "score"):
             raise BadInput(f"--reward {path} is not a sequence classifier with one label and a trained head")
         self.body = model.base_model.to(self.device).eval()

@@ -167,16 +167,23 @@ def template_pieces(tokenizer):
     """What the chat template writes around a user's text: (before the first, after it, before a later one, after it).
 
     Found by rendering marked texts, so that any template whose turns end in a special token will do."""
+    from jinja2 import TemplateError
+
     if not tokenizer.chat_template:
         raise BadInput(f"the tokenizer {tokenizer.name_or_path} has no chat template")
     user, answer = "\ue000user\ue000", "\ue000answer\ue000"
     first = [{"role": "user", "content": user}]
     later = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}, *first]
     render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
-    before, after = render(first, add_generation_prompt=True).split(user)
-    if render(first) == before + user + after:
+    try:
+        before, after = render(first, add_generation_prompt=True).split(user)
+        between, later_after = render(later, add_generation_prompt=True).split(answer)[1].split(user)
+        prompted = render(first) != before + user + after
+    except (TemplateError, LookupError, ValueError, TypeError, OverflowError) as error:
+        raise BadInput(f"the chat template of {tokenizer.name_or_path} does not render a conversation: "
+                       f"{type(error).__name__} {' '.join(str(error).split())[:200]}") from None  # fmt: skip
+    if not prompted:
         raise BadInput(f"the chat template of {tokenizer.name_or_path} has no generation prompt")
-    between, later_after = render(later, add_generation_prompt=True).split(answer)[1].split(user)
     if encode(tokenizer, between)[0] not in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder):
         raise BadInput(f"the chat template of {tokenizer.name_or_path} does not end an answer with a special token")
     return before, after, between, later_after
@@ -271,7 +278,8 @@ class TransformersEngine(Engine):
         cuda = torch.cuda.is_available()
         self.device, self.batch = torch.device("cuda", local_rank()) if cuda else torch.device("cpu"), batch
         dtype = torch.bfloat16 if cuda else torch.float32
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(self.device).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+        self.model = self.model.to(self.device).eval()
         # a checkpoint's own sampling habits (top-p, penalties, forced tokens) must not leak into the behaviour policy
         self.model.generation_config = GenerationConfig()
 
@@ -582,6 +590,8 @@ class LLMUser:
     ask: a Server or a Local, which sends the prompt as one user message of the model's own chat template; longest: a
     question of more characters is none; limit: share of unanswered prompts at which a server is left alone."""
 
+    NO_QUESTION = "a reply without a question"
+
     def __init__(self, ask, longest, limit):
         self.ask, self.longest, self.limit = ask, longest, limit
         self.tokens = ask.engine.tokens if hasattr(ask, "engine") else Counter()  # a server counts its own
@@ -593,10 +603,13 @@ class LLMUser:
             seeds = [dialogues[i].seed(f"user {k}") for i in rows]
             for n, reply, reason in self.ask(prompts, seeds, math.ceil(self.limit * len(dialogues))) if rows else ():
                 texts[rows[n]] = next_question(reply or "", self.longest)
-                why[rows[n]] = reason or "a reply without a question"
-            rows = [i for i in rows if texts[i] is None]
-        if rows:
-            tqdm.write(f"the user gave no turn to {len(rows)} of {len(dialogues)} dialogues: {why[rows[0]]}")
+                why[rows[n]] = reason if reply is None else self.NO_QUESTION
+            # a prompt that a server has failed five times is not sent again: one that hangs would cost three times as much
+            rows = [i for i in rows if texts[i] is None and why[i] == self.NO_QUESTION]
+        failed = [i for i, text in enumerate(texts) if text is None]
+        if failed:
+            reason = next(filter(None, map(why.get, failed)))
+            tqdm.write(f"the user gave no turn to {len(failed)} of {len(dialogues)} dialogues: {reason}")
         return texts
 
 
@@ -712,7 +725,7 @@ def find_checkpoint(path):
     if os.path.isdir(path):
         if not os.path.exists(os.path.join(path, "config.json")):
             raise BadInput(f"{path} is not a checkpoint: it has no config.json")
-        weight_files(path)
+        check_weights(path)
         return path
     if os.path.exists(path) or path.count("/") != 1 or path.startswith((".", "/", "~", "runs/")):
         raise BadInput(f"no checkpoint at {path}")
@@ -725,14 +738,42 @@ def find_checkpoint(path):
         raise BadInput(f"no folder {path}, and the hub does not give it ({type(error).__name__})") from None
 
 
+def check_weights(path):
+    """Every weight file of a checkpoint is there and whole: a copy that was cut short is found before it is loaded."""
+    from safetensors import SafetensorError
+
+    index = os.path.join(path, "model.safetensors.index.json")
+    if os.path.exists(index):
+        absent = set(read_json(index)["weight_map"].values()) - set(os.listdir(path))
+        if absent:
+            raise BadInput(f"{path} lacks {', '.join(sorted(absent))}")
+    try:
+        list(weight_names(path))
+    except SafetensorError as error:
+        raise BadInput(f"{path} has a weight file that is not whole: {error}") from None
+
+
+def check_positions(path, cfg):
+    """A policy's configuration loads, without any code of its own, and its context holds --max-length."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path} has no config.json that loads: {' '.join(str(error).split())[:200]}") from None
+    positions = getattr(config, "max_position_embeddings", math.inf)
+    if cfg.max_length > positions:
+        raise BadInput(f"--max-length {cfg.max_length}: {path} has {positions} positions")
+
+
 def load_tokenizer(path):
     """The tokenizer of a checkpoint, with a chat template that `Dialogue` can use."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"{path} has no tokenizer that loads: {str(error).splitlines()[0]}") from None
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path} has no tokenizer that loads: {' '.join(str(error).split())[:200]}") from None
     template_pieces(tokenizer)
     return tokenizer
 
