@@ -110,7 +110,7 @@ def load_data(name, tokenizer_path, fixed, max_turns, longest):
     released code splits rows, without a seed, and shares first prompts between training and test.)"""
     rows, tokenizer, dropped = read_rows(name), load_tokenizer(tokenizer_path), Counter()
     logs, seen = [], {}
-    for row in rows:
+    for row in decoded(name, rows):
         log = logged(row)
         if isinstance(log, str):
             dropped[log] += 1
@@ -138,6 +138,13 @@ def load_data(name, tokenizer_path, fixed, max_turns, longest):
     first = set(order[cut:])
     kept = [log for log in logs if log.questions[0] in first and log.rejected and len(log.questions) <= max_turns]
     return Data(train, test, kept, dropped)
+
+
+def decoded(name, rows):
+    try:
+        yield from rows
+    except UnicodeDecodeError:
+        raise BadInput(f"--dataset {name} holds text that is not UTF-8") from None
 
 
 def logged(row):
@@ -230,17 +237,23 @@ def read_rows(name):
     if not saved and not files and (os.path.isdir(path) or path.count("/") != 1 or path[0] in "./~"):
         raise BadInput(f"--dataset {name}: no parquet, json or jsonl file there, and no hub id")
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it cannot read it says twice
     try:
         if saved:
             parts = datasets.load_from_disk(path)
         elif files:
             tables = [file for file in files if file.endswith(".parquet")]  # json beside them describes them
+            for file in [] if tables else files:  # a file that begins with null crashes pyarrow
+                with open(file, "rb") as content:
+                    if content.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"{", b"[", b""):
+                        raise ValueError(f"{os.path.basename(file)} holds no JSON objects")
             parts = datasets.load_dataset("parquet" if tables else "json", data_files=tables or files)
         else:
             parts = datasets.load_dataset(path)
         rows = datasets.concatenate_datasets(list(parts.values())) if isinstance(parts, dict) else parts
     except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, TypeError,
             StopIteration) as error:  # fmt: skip
+        error = error.__cause__ or error
         why = " ".join(f"{type(error).__name__} {error}".split())[:200]  # StopIteration is what an empty file gives
         raise BadInput(f"--dataset {name} cannot be read: {why}") from None
     missing = {"chosen", "rejected"} - set(rows.column_names)

@@ -19,6 +19,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import threading
 import time
 import urllib.error
@@ -416,7 +417,7 @@ def cache_bytes(path):
     """Bytes of keys and values of one token in float32."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     return 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
 
@@ -452,6 +453,30 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         """None: urllib would take the key along to wherever the server points."""
 
 
+class Deadline:
+    """A time-out of sockets is one of each read: a server that drips its header is cut off by a clock of our own."""
+
+    def do_open(self, http_class, request, **options):
+        class Connection(http_class):
+            def getresponse(self):
+                clock = threading.Timer(self.timeout, self.sock.shutdown, [socket.SHUT_RDWR])
+                clock.start()
+                try:
+                    return super().getresponse()
+                finally:
+                    clock.cancel()
+
+        return super().do_open(Connection, request, **options)
+
+
+class HTTP(Deadline, urllib.request.HTTPHandler):
+    pass
+
+
+class HTTPS(Deadline, urllib.request.HTTPSHandler):
+    pass
+
+
 class Server:
     """An OpenAI-compatible server, asked by a few threads; bounded in tries, time and bytes.
 
@@ -472,7 +497,7 @@ class Server:
         self.model, self.timeout, self.tries, self.pause = model, timeout, tries, pause
         self.threads = max(1, threads // world())
         self.options = dict(temperature=0, max_tokens=512, whole=False) | options
-        self.opener = urllib.request.build_opener(NoRedirect)
+        self.opener = urllib.request.build_opener(NoRedirect, HTTP, HTTPS)
 
     def __call__(self, prompts, seeds=None, allowed=None):
         """(number, reply, None) or (number, None, why) as they come; given up after `allowed` failures."""

@@ -1,8 +1,11 @@
-"""python tests/kills.py OUT FLAGS: run refuel.py into OUT, killed by SIGKILL around every single file that it writes.
+"""python tests/kills.py kill|full OUT FLAGS: run refuel.py into OUT; the same command is started again until it ends.
 
-Each attempt is a process that dies just before a rename (the file is there under its temporary name only), the next one
-just after it. The same command is started again until it ends. Prints the number of kills."""
+kill: each attempt is a process that dies by SIGKILL just before a rename (the file is there under its temporary name
+only), the next one just after it. full: each attempt meets a full disk at a kind of file that no attempt has met before:
+the kernel takes no byte more, whatever library writes. Prints the number of attempts that did not end."""
 import os
+import re
+import resource
 import signal
 import sys
 
@@ -15,14 +18,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import evaluate  # noqa: F401
 import refuel
+import simulator
 
 
-def attempt(argv, seen):
-    """Run the command in a child that dies at its first rename that is not in the file `seen`; returns its status."""
+def attempt(how, argv, seen):
+    """Run the command in a child that stops at the first file that is not in the list `seen`; returns its status."""
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
-    rename, before = os.replace, set(open(seen).read().split("\n"))
+    rename, writing, before = os.replace, simulator.writing, set(open(seen).read().split("\n"))
+
+    def no_room(path):
+        kind = re.sub(r"\d+", "N", os.path.basename(path))
+        if kind not in before:
+            with open(seen, "a") as file:
+                file.write(f"{kind}\n")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        return writing(path)
 
     def die(moment, target):
         if f"{moment} {target}" not in before:
@@ -35,16 +47,24 @@ def attempt(argv, seen):
         rename(source, target)
         die("after", target)
 
-    os.replace = replace
-    refuel.main(argv)
+    if how == "kill":
+        os.replace = replace
+    else:
+        simulator.writing = no_room
+    try:
+        refuel.main(argv)
+    except SystemExit as stop:
+        sys.stderr.flush()
+        os._exit(stop.code)
     os._exit(0)
 
 
 if __name__ == "__main__":
-    out, flags = sys.argv[1], sys.argv[2:]
-    seen, kills = f"{out}.seen", 0
+    how, out, *flags = sys.argv[1:]
+    seen, stops = f"{out}.seen", 0
     open(seen, "w").close()
-    while not os.WIFEXITED(status := attempt(["--out", out, *flags], seen)):
-        kills += 1
-    print(f"kills {kills}")
-    sys.exit(os.WEXITSTATUS(status))
+    expected = signal.SIGKILL if how == "kill" else 2 << 8
+    while (status := attempt(how, ["--out", out, *flags], seen)) == expected and stops < len(open(seen).readlines()):
+        stops += 1
+    print(f"stops {stops}: {open(seen).read().split()}")
+    sys.exit(os.waitstatus_to_exitcode(status))

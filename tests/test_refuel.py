@@ -1,6 +1,7 @@
 """The algorithm, its log-probs against references that share no code with them, stopping and going, bad input."""
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -359,10 +360,10 @@ def test_killed_around_every_write_a_run_ends_with_the_same_files(base, tmp_path
     flags += " --wave 24 --iterations 2 --eval-dialogues 8 --checkpoint-steps 2 --lr 1e-3"
     out = [str(tmp_path / name) for name in ("undisturbed", "killed")]
     refuel_py, kills_py = (os.path.join(ROOT, *p) for p in (["refuel.py"], ["tests", "kills.py"]))
-    for command in ([refuel_py, "--out", out[0]], [kills_py, out[1]]):
+    for command in ([refuel_py, "--out", out[0]], [kills_py, "kill", out[1]]):
         done = subprocess.run([sys.executable, *command, *flags.split()], capture_output=True, text=True, timeout=280)
         assert done.returncode == 0, done.stderr[-3000:]
-    kills = int(done.stdout.split("kills ")[1].split()[0])
+    kills = int(re.search(r"stops (\d+):", done.stdout)[1])
     undisturbed, killed = map(run_folder, out)
     assert kills >= 30 and undisturbed.keys() == killed.keys()
     for name in undisturbed:

@@ -1,0 +1,85 @@
+"""torchrun --nproc_per_node N tests/bad_ranks.py BASE OUT: collections and batches that are smaller than the ranks, numbers
+that are not finite, then a full disk on the last rank alone; for test_bad_days.py. What was found: OUT/found_{N}_{rank}.json."""
+import json
+import os
+import resource
+import sys
+from functools import partial
+
+sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+
+import data
+import refuel
+from conftest import random_pairs
+from refuel import rank, world
+from simulator import BadInput
+
+FLAGS = "--setting toy --engine transformers --eta 1 --lr 1e-3 --weight-decay 0 --max-turns 2 --wave 8 --num-prompts 20"
+
+
+def read(base, out, *more):
+    flags = [*FLAGS.split(), "--policy", base, "--reference", base, "--out", os.path.join(out, f"run_{world()}"), *more]
+    return refuel.read_config([*flags, "--batch-size", "4"])
+
+
+def complaint(work):
+    """The one line with which it stops, None if it does not."""
+    try:
+        work()
+    except BadInput as error:
+        return str(error)
+
+
+def huge(logp_2B, old_2B, reward_2B, eta):
+    """A loss of 0 whose gradient overflows where a reward is not 0."""
+    return (reward_2B[0] * 1e38 * (logp_2B - logp_2B.detach()).sum(0)).mean()
+
+
+def numbers(base, out):
+    """{name: what came of it}; every rank computes all of it."""
+    cfg, found, pairs = read(base, out), {}, [p._replace(rewards=(1.0, 0.0)) for p in random_pairs(9)]
+    policy, user, reward = refuel.load_speakers(base, cfg)
+    prompts = data.train_prompts(cfg, policy.tokenizer, 1)
+    collect = partial(refuel.collect, policy=policy, user=user, reward=reward, cfg=cfg)
+    folder = lambda name: os.path.join(cfg.out, name)  # noqa: E731
+    os.makedirs(cfg.out, exist_ok=True)
+    for name, some in (("three waves", prompts), ("one prompt", prompts[:1])):
+        found[name] = [p._asdict() | {"dialogues": None} for p in refuel.collected(folder(name), collect, some, cfg, 1)]
+
+    if world() > 2:
+        return found
+
+    def identical(rows, rng, dropped):
+        dropped["identical"] += len(rows)
+        return []
+
+    found["identical"] = complaint(lambda: refuel.collected(folder("identical"), identical, prompts, cfg, 1))
+
+    def regress(pairs, loss_fn=refuel.refuel_loss):
+        model, losses = refuel.load_policy(base, cfg), []
+        before = {name: w.clone() for name, w in refuel.full_weights(model)}
+        optimizer = refuel.make_optimizer(model, cfg)
+        told = complaint(lambda: refuel.regress(model, optimizer, pairs, cfg, loss_fn,
+                                                after_step=lambda _, m: losses.append(m["loss"])))  # fmt: skip
+        return told, losses, max((w - before[name]).abs().max().item() for name, w in refuel.full_weights(model))
+
+    found["batches of 4, 4 and 1"] = regress(pairs)
+    found["one pair"] = regress(pairs[:1])
+    found["equal rewards"] = regress([p._replace(rewards=(0.5, 0.5)) for p in pairs])
+    bad = [*pairs[:2], pairs[2]._replace(rewards=(float("nan"), 0.0)), *pairs[3:]]
+    found["nan"] = regress(bad)
+    found["infinite gradient"] = regress([p._replace(rewards=(float(i == 3), 0.0)) for i, p in enumerate(pairs)], huge)
+    return found
+
+
+if __name__ == "__main__":
+    base, out = sys.argv[1:]
+    refuel.start_processes()
+    found = numbers(base, out)
+    with open(os.path.join(out, f"found_{world()}_{rank()}.json"), "w") as file:
+        json.dump(found, file)
+    refuel.barrier()
+    if rank() == world() - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # this rank's disk is full; the others wait for it
+    with refuel.one_line("bad_ranks.py"):
+        refuel.in_waves(os.path.join(out, f"waves_{world()}"), list(range(world())), 1, lambda rows, n: [rows], "waves")
