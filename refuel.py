@@ -74,8 +74,8 @@ class Config:
     seed: int
     iterations: int  # T of Algorithm 1; 0, in setting two: as many as one pass over the training prompts has
     num_prompts: int  # prompts an iteration; each gives at most one pair
-    # 0, setting one: every iteration is a training of its own and draws from all prompts. N, setting two: iterations are
-    # the updates of one training (one optimiser, one schedule, prompts pass by pass), and every N-th policy is kept.
+    # 0, setting one: every iteration is a training of its own and draws from all prompts. N, setting two: iterations
+    # are the updates of one training (one optimiser, one schedule, prompts pass by pass); every N-th policy is kept.
     policy_every: int
     max_turns: int  # H ~ U(max_turns), section 4.2
     max_new_tokens: int  # a turn of the assistant
@@ -153,8 +153,8 @@ SETTINGS = {
         eval_dialogues=500,  # section 4.3
     ),
 }  # fmt: skip
-# Where the data set's name says hh (a hub id or a path does as well), the values of setting two that differ: C.4 and the
-# released README.
+# Where the data set's name says hh (a hub id or a path does as well), the values of setting two that differ: C.4 and
+# the released README.
 HH = {"two": dict(max_new_tokens=512, gamma=0.05, penalty=-10.0)}
 
 
@@ -650,9 +650,9 @@ def learned_weights(model):
 
 @contextlib.contextmanager
 def exchanged(model, weights):
-    """Within it the model is the one of these weights: pi_0 without a second model. What is frozen is common to both, so
-    the price is a copy of what learns (one eighth of the last four layers, 0.4 GB, on each of 8 ranks) and one more
-    forward of an update's pairs."""
+    """Within it the model is the one of these weights: pi_0 without a second model. What is frozen is common to both,
+    so the price is a copy of what learns (one eighth of the last four layers, 0.4 GB, on each of 8 ranks), for a while
+    two, and one more forward of an update's pairs."""
     live = learned_weights(model)
     own = {name: p.clone() for name, p in live.items()}
     for name, p in live.items():

@@ -65,7 +65,8 @@ def test_pi_0_and_pi_t_are_those_of_two_models_loaded_apart(base, cfg, tmp_path,
         first = ours()
     last = ours()
     for found, folder in ((first, base), (last, path)):
-        assert torch.allclose(found, row_logps(LlamaForCausalLM.from_pretrained(folder), pairs, cfg.temperature), atol=1e-5)
+        alone = row_logps(LlamaForCausalLM.from_pretrained(folder), pairs, cfg.temperature)
+        assert torch.allclose(found, alone, atol=1e-5)
     assert (first - last).abs().max() > 1e-2
 
 
@@ -114,8 +115,10 @@ def test_updates_are_one_training_as_written_down_once_more_with_plain_torch(bas
     for t, pairs in enumerate(seen):
         with torch.no_grad():
             old, start = row_logps(model, pairs, cfg.temperature), row_logps(first, pairs, cfg.temperature)
-        reward = torch.tensor([[-1.0 if any(p.dialogues[k].truncated[p.h - 1 :]) else p.rewards[k] - 0.5 * float(old[k, b] - start[k, b])
-                                for b, p in enumerate(pairs)] for k in range(2)])  # fmt: skip
+        reward = torch.tensor([[p.rewards[k] - 0.5 * float(old[k, b] - start[k, b]) for b, p in enumerate(pairs)]
+                               for k in range(2)])  # fmt: skip
+        cut = [[any(p.dialogues[k].truncated[p.h - 1 :]) for p in pairs] for k in range(2)]
+        reward[torch.tensor(cut)] = -1.0
         for _ in range(2):
             ratio = row_logps(model, pairs, cfg.temperature) - old
             loss = (((ratio[0] - ratio[1]) / 2 - (reward[0] - reward[1])) ** 2).mean()
@@ -254,7 +257,8 @@ def test_setting_two_runs_from_its_command_to_its_results(two, tmp_path, capsys)
     cfg = simulator.read_json(tmp_path / "run" / "config.json")
     assert cfg["iterations"] == rows[0]["train"] // 4 == 3  # one pass, whatever its size
     for t in (1, 2, 3):
-        collect, logps = (next(r for r in rows if r["iteration"] == t and r["phase"] == p) for p in ("collect", "logps"))
+        mine = {r["phase"]: r for r in rows if r["iteration"] == t}
+        collect, logps = mine["collect"], mine["logps"]
         assert collect["pairs"] + sum(collect["dropped"].values()) == 4 and logps["engine_gap"] < 1e-4
         assert (logps["kl_0"] == 0.0) == (t == 1)
         steps = [r for r in rows if r["iteration"] == t and r["phase"] == "regress"]
