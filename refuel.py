@@ -1021,7 +1021,9 @@ def first_to_fail():
     if world() == 1 or not dist.is_initialized():
         return rank() == 0
     with contextlib.suppress(RuntimeError):  # the store dies with torchrun
-        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+        if dist.distributed_c10d._get_default_store().add("failed", 1) == 1:
+            return True
+        time.sleep(2)  # torchrun ends all ranks at the first exit: whoever speaks has its line out by then
     return False
 
 
