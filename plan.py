@@ -174,7 +174,7 @@ def engines(cfg, gpus, nodes, total):
     policy, user, reward = shapes(cfg)
     served = cfg.user.startswith("serve:")
     weights = {"policy": 2 * policy.P, "user": 2 * user.P / (tensor_parallel(user, gpus) if served else 1) if user else 0}
-    others = trainer(policy, cfg, gpus * nodes, gpus * nodes, (1, 1))["collect"] + reading(reward) + CONTEXTS
+    others = trainer(policy, cfg, gpus * nodes // cfg.replicas, gpus * nodes, (1, 1))["collect"] + reading(reward) + CONTEXTS
     room = total * (1 - MARGIN) - others - sum(weights.values())
     least = cfg.max_length * policy.cache
     if room / (1 + bool(user)) < least:
@@ -212,7 +212,7 @@ def memory(cfg, x):
     pair = t["trainer: forward and backward"], 2 * x["answer_tokens"]
     share = engines(cfg, x["gpus"], x["nodes"], total)
     phases = {}
-    for phase, trained in trainer(policy, cfg, ranks, ranks, pair).items():
+    for phase, trained in trainer(policy, cfg, ranks // cfg.replicas, ranks, pair).items():
         rolls = phase == "collect"  # else the policy's engine sleeps and the reward model is idle
         phases[phase] = {"user": share["user"], "policy's engine": share["policy"] if rolls else 0,
                          "reward model": reading(reward, 16384 if rolls else 0), "trainer": trained,

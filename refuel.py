@@ -93,6 +93,7 @@ class Config:
     epochs: int  # passes over an iteration's pairs
     micro_tokens: int  # tokens a forward and backward on one rank
     activation_checkpointing: bool
+    replicas: int  # copies of the weights; 1: sharded over all ranks; the number of nodes: within each node
     checkpoint_steps: int  # steps (setting two: updates) between two saved training states
     snapshot_steps: int  # steps between two policies kept for Figure 2; 0: none
     wave: int  # dialogues that an engine plays at once: the unit of work, of seeds and of resuming
@@ -107,7 +108,7 @@ SETTINGS = {
         iterations=2, num_prompts=2048, policy_every=0, max_turns=5, max_new_tokens=16, max_length=256, temperature=1.0,
         eta=30.0, gamma=0.0, penalty=0.0, train_layers=0, lr=1e-4, warmup=0.1, weight_decay=1e-6, batch_size=32,
         epochs=1, micro_tokens=4096,
-        activation_checkpointing=False, checkpoint_steps=50, snapshot_steps=0, wave=512, eval_dialogues=1000,
+        activation_checkpointing=False, replicas=1, checkpoint_steps=50, snapshot_steps=0, wave=512, eval_dialogues=1000,
     ),
     "one": dict(
         policy="meta-llama/Meta-Llama-3-8B-Instruct",  # section 4.2; the reference is pi_1 itself
@@ -126,7 +127,7 @@ SETTINGS = {
         max_dialogue=2048,  # sections 4.2 and C.4
         eta=1e3, lr=3e-7, warmup=0.1, weight_decay=1e-6, batch_size=128, epochs=1,  # the released README; C.3
         gamma=0.0, penalty=0.0, train_layers=0,  # C.1: Eq. 11 is setting two's, and all layers are trained
-        micro_tokens=8192, activation_checkpointing=True,  # ours: one forward and backward in 80 GB
+        micro_tokens=8192, activation_checkpointing=True, replicas=1,  # ours: one forward and backward in 80 GB
         checkpoint_steps=50, snapshot_steps=0, wave=512,
         eval_dialogues=500,  # section 4.2
     ),
@@ -148,7 +149,7 @@ SETTINGS = {
         eta=1.0, lr=3e-7, weight_decay=1e-6,  # the released README; linear to 0 as the released code
         gamma=0.0, penalty=-4.0,  # the released README for UltraInteract
         train_layers=4,  # C.1
-        warmup=0.0, micro_tokens=8192, activation_checkpointing=True, snapshot_steps=0,
+        warmup=0.0, micro_tokens=8192, activation_checkpointing=True, replicas=1, snapshot_steps=0,
         wave=4,  # ours: 8 ranks share 32 prompts
         eval_dialogues=500,  # section 4.3
     ),
@@ -614,7 +615,7 @@ def load_policy(path, cfg):
         model.model.layers[-cfg.train_layers :].requires_grad_(True)
     if cfg.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    shard(model)
+    shard(model, cfg.replicas)
     model.to_empty(device=device())
     # buffers that no checkpoint holds (rotary frequencies) are garbage after to_empty
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device())
@@ -622,15 +623,17 @@ def load_policy(path, cfg):
     return model
 
 
-def shard(model):
-    """FSDP2: one unit a layer, one for the rest."""
+def shard(model, replicas=1):
+    """FSDP2: one unit a layer, one for the rest; with replicas, sharded within groups of neighbouring ranks (torchrun
+    numbers them node by node) and replicated across the groups."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     cuda = torch.cuda.is_available()
     # The root, too, gives its weights back after a forward (FSDP2's default keeps them): a forward without backward
     # would else leave whole tensors in place of the sharded ones, and an optimiser made then would hold the wrong ones.
-    options = dict(mesh=init_device_mesh(device().type, (world(),)), reshard_after_forward=True)
+    whole = init_device_mesh(device().type, (replicas, world() // replicas), mesh_dim_names=("replicas", "shards"))
+    options = dict(mesh=whole if replicas > 1 else whole["shards"], reshard_after_forward=True)
     if cuda:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         model.compute_dtype = torch.bfloat16
@@ -670,9 +673,10 @@ def read_slices(model, path):
     for file in simulator.weight_files(path):
         with safe_open(file, "pt") as weights:
             for name in missing.keys() & weights.keys():
-                local, whole = missing.pop(name).to_local(), weights.get_slice(name)
-                rows = whole.get_shape()[0]
-                start = min(rank() * -(-rows // world()), rows)  # FSDP2 cuts dimension 0 as torch.chunk does
+                p, whole = missing.pop(name), weights.get_slice(name)
+                local, mesh, rows = p.to_local(), p.device_mesh, whole.get_shape()[0]
+                n, i = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)  # shards, and which is this rank's
+                start = min(i * -(-rows // n), rows)  # FSDP2 cuts dimension 0 as torch.chunk does
                 if len(local):
                     local.copy_(whole[start : start + len(local)])
     if missing:
@@ -945,6 +949,7 @@ def check(cfg):
     rules["penalty"] = (math.isfinite, "a number")
     rules |= {name: (lambda v: v > 0, "positive") for name in ("user_tokens", "reward_tokens", "max_dialogue")}
     rules["user_temperature"] = (lambda v: 0 < v < math.inf, "positive")
+    rules["replicas"] = (lambda v: v > 0 and world() % v == 0, f"a divisor of {world()}, the number of processes")
     rules["max_failures"] = (lambda v: 0 <= v <= 1, "a share of the dialogues, in [0, 1]")
     rules["warmup"] = (lambda v: 0 <= v < 1, "a share of the steps, in [0, 1)")
     rules["engine"] = (lambda v: v in ("auto", "vllm", "transformers"), "auto, vllm or transformers")

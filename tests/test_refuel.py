@@ -171,6 +171,33 @@ def on_ranks(base, tmp_path_factory):
     return [load_file(os.path.join(out, f"ranks_{n}.safetensors")) | {"pairs": rows} for n, rows in zip((1, 2), pairs)]
 
 
+def on_nodes(base, out, nodes, per_node, *flags):
+    """tests/two_ranks.py on several nodes: one torchrun a node, which meet on the loopback interface."""
+    from safetensors.torch import load_file
+    from serve import free_port
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc_per_node", str(per_node),
+               "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "nodes",
+               os.path.join(ROOT, "tests", "two_ranks.py"), base, out, *flags]  # fmt: skip
+    agents = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(nodes)]
+    try:
+        texts = [agent.communicate(timeout=240)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0] * nodes, texts[0][-3000:]
+    ranks = nodes * per_node
+    pairs = open(os.path.join(out, f"ranks_{ranks}", "pairs.jsonl")).read()
+    return load_file(os.path.join(out, f"ranks_{ranks}.safetensors")) | {"pairs": pairs}
+
+
+def test_two_nodes_with_a_copy_of_the_weights_each_equal_one_node_with_two_shards(base, on_ranks, tmp_path):
+    found, expected = on_nodes(base, str(tmp_path), 2, 1, "--replicas", "2"), on_ranks[1]
+    assert found.keys() == expected.keys() and found.pop("pairs") == expected["pairs"]
+    for name, tensor in found.items():
+        assert (tensor - expected[name]).abs().max() <= 1e-5 * max(1, expected[name].abs().max()), name
+
+
 def test_the_pairs_do_not_depend_on_the_number_of_ranks(on_ranks):
     one, two = on_ranks
     assert one["pairs"] == two["pairs"] and one["pairs"].count('"prefix"') > 30
@@ -410,6 +437,7 @@ BAD = [  # flags, and a word of the one line
     ("--weight-decay -1", "weight-decay"),
     ("--seed -1", "seed"),
     ("--batch-size 64", "batch-size"),
+    ("--replicas 2", "divisor of 1"),
     ("--max-length 10", "max-length"),
     ("--engine tgi", "tgi"),
     ("--activation-checkpointing maybe", "activation-checkpointing"),

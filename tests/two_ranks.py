@@ -1,4 +1,4 @@
-"""torchrun --nproc_per_node 2 tests/two_ranks.py BASE OUT: log-probs, gradients and three steps on FSDP ranks, saved
+"""torchrun --nproc_per_node 2 tests/two_ranks.py BASE OUT [FLAGS]: log-probs, gradients and three steps on FSDP ranks, saved
 by rank 0 as OUT/ranks_{world}.safetensors, and a collection in OUT/ranks_{world}/, for test_refuel.py to compare."""
 import os
 import sys
@@ -46,10 +46,10 @@ def results(base, cfg):
 if __name__ == "__main__":
     from safetensors.torch import save_file
 
-    base, out = sys.argv[1:]
+    base, out, *more = sys.argv[1:]
     flags = f"--setting toy --policy {base} --batch-size 8 --micro-tokens 128 --lr 1e-3 --eta 1 --out {out}"
     flags += " --num-prompts 40 --wave 8 --engine transformers"
-    cfg = refuel.read_config(flags.split())
+    cfg = refuel.read_config([*flags.split(), *more])
     refuel.start_processes()
     found = results(base, cfg)
     policy, user, reward = refuel.load_speakers(base, cfg)
