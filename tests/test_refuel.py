@@ -388,7 +388,7 @@ def test_killed_around_every_write_a_run_ends_with_the_same_files(base, tmp_path
     out = [str(tmp_path / name) for name in ("undisturbed", "killed")]
     refuel_py, kills_py = (os.path.join(ROOT, *p) for p in (["refuel.py"], ["tests", "kills.py"]))
     for command in ([refuel_py, "--out", out[0]], [kills_py, "kill", out[1]]):
-        done = subprocess.run([sys.executable, *command, *flags.split()], capture_output=True, text=True, timeout=280)
+        done = subprocess.run([sys.executable, *command, *flags.split()], capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stderr[-3000:]
     kills = int(re.search(r"stops (\d+):", done.stdout)[1])
     undisturbed, killed = map(run_folder, out)
