@@ -860,8 +860,9 @@ def remembered_logps(folder, model, pi_0, pairs, cfg, t):
             print(", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
             log(cfg, row)
             simulator.write_lines(path, [p.logps + b.logps for p, b in zip(pairs, base)])
-            shutil.rmtree(f"{path}.parts", ignore_errors=True)
         barrier()
+    if rank() == 0:
+        shutil.rmtree(f"{path}.parts", ignore_errors=True)
     rows = simulator.read_lines(path)
     return [p._replace(logps=tuple(r[:2]), base_logps=tuple(r[2:])) for p, r in zip(pairs, rows, strict=True)]
 
