@@ -179,7 +179,8 @@ def main(out, ranks=1, kills=20, seed=0):
     rng, failures = random.Random(seed), []
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    start_server = lambda: subprocess.Popen([sys.executable, os.path.join(HERE, "soak.py"), "serve", str(port)])  # noqa: E731
+    serving = [sys.executable, os.path.join(HERE, "soak.py"), "serve", str(port)]
+    start_server = lambda: subprocess.Popen(serving, stderr=subprocess.DEVNULL)  # noqa: E731
     server = start_server()
     whole, broken = (Command(os.path.join(out, name), ranks, port) for name in ("undisturbed", "killed"))
     began = time.monotonic()
@@ -195,6 +196,8 @@ def main(out, ranks=1, kills=20, seed=0):
     for phase, name, target in plan:
         if target == "server" and phase not in ("roll-in", "roll-out", "evaluation"):
             target = targets[0]  # nobody asks it then
+        if target == 1 and phase == "base policy":
+            target = 0  # which makes it alone
         rank = target if isinstance(target, int) else 0
         pid = broken.wait_for(phase, rank)
         if pid is None:
