@@ -822,6 +822,7 @@ def collected(folder, collect, prompts, cfg, t):
     if rank() == 0 and all(p.rewards[0] == p.rewards[1] for p in pairs):
         print(f"iteration {t}: in no pair do the two rewards differ; Eq. 1 then keeps the policy as it is", flush=True)
     if rank() == 0 and not os.path.exists(os.path.join(folder, "logps.jsonl")):
+        print(f"{len(pairs)} pairs of {len(prompts)} prompts; dropped: {dict(dropped)}", flush=True)
         log(cfg, {"iteration": t, "phase": "collect", "pairs": len(pairs), "dropped": dropped,
                   "reward": float(np.mean([p.rewards for p in pairs])),
                   "truncated": float(np.mean([d.truncated[p.h - 1] for p in pairs for d in p.dialogues])),
