@@ -460,9 +460,14 @@ class Deadline:
         class Connection(http_class):
             def getresponse(self):
                 clock = threading.Timer(self.timeout, self.sock.shutdown, [socket.SHUT_RDWR])
+                end = time.monotonic() + self.timeout
                 clock.start()
                 try:
                     return super().getresponse()
+                except (OSError, http.client.HTTPException):
+                    if time.monotonic() < end:
+                        raise
+                    raise TimeoutError("the reply takes too long") from None  # not a server that hung up
                 finally:
                     clock.cancel()
 

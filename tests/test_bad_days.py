@@ -671,7 +671,7 @@ def test_nothing_here_reads_a_pickle_trusts_code_or_takes_a_key_from_anywhere_bu
 
 
 def test_a_run_with_a_key_leaves_it_nowhere(base, tmp_path, serve, capsys):
-    server = serve(lambda prompt, n: f"Question: {KEY} go on" if n % 7 else (500, KEY.encode()))
+    server = serve(lambda prompt, n: f"Question: go on {KEY}" if n % 7 else (500, KEY.encode()))
     flags = [*SMALL.split(), "--policy", base, "--reference", base, "--out", str(tmp_path / "run"), "--user", server.url,
              "--user-model", "m", "--max-turns", "2", "--max-failures", "1"]  # fmt: skip
     refuel.main(flags)
