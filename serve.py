@@ -31,9 +31,8 @@ ENDED = "serve.py: the server has ended, status"
 def start(path, log, room, memory):
     """The server's URL, on every rank of the node; one server however often it is asked for.
 
-    path: a checkpoint folder; log: where the server writes; room: tokens of prompt and reply; memory: the
-    server's share of each GPU. A server that does not
-    start is BadInput with the end of its log, on all ranks of all nodes."""
+    path: a checkpoint folder; log: where the server writes; room: tokens of prompt and reply; memory: the server's share
+    of each GPU. A server that does not start is BadInput with the end of its log, on all ranks of all nodes."""
     port, why = None, None
     if local_rank() == 0:
         try:
