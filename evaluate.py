@@ -133,30 +133,29 @@ def dialogue_logps(model, dialogues, temperature, tokens=16384):
     """ln pi of each answer's sampled tokens given all before it, summed over the answer: (N, H) float64, 0 where a
     dialogue has no such answer.
 
-    One forward over a dialogue's ids gives all its turns; `tokens` bounds a forward. Ranks share the dialogues, and
-    every rank runs the same number of forwards, else FSDP would wait for ever."""
+    One forward over a dialogue's ids gives all its turns, and dialogues share a forward of up to `tokens`. Ranks share
+    the dialogues, and every rank runs the same number of forwards, else FSDP would wait for ever."""
     import refuel
     import torch
 
     device, H = next(model.parameters()).device, max(len(d.spans) for d in dialogues)
     forward = getattr(model, "token_logps", None) or functools.partial(refuel.token_logps, model)
-    order = sorted(range(len(dialogues)), key=lambda i: -len(dialogues[i].ids))
     groups, share = [], -(-len(dialogues) // world())
-    while order:
-        rows = max(1, min(share, tokens // len(dialogues[order[0]].ids)))
-        groups, order = groups + [order[:rows]], order[rows:]
+    for i in sorted(range(len(dialogues)), key=lambda i: -len(dialogues[i].ids)):
+        if not groups or len(groups[-1]) == share or sum(len(dialogues[j].ids) for j in [*groups[-1], i]) > tokens:
+            groups.append([])
+        groups[-1].append(i)
     logp_NH = torch.zeros(len(dialogues), H, dtype=torch.float64)
     for number in range(rank(), -(-len(groups) // world()) * world(), world()):
         group = groups[number % len(groups)]  # a rank without a group repeats one and keeps nothing of it
-        T = len(dialogues[group[0]].ids)
-        ids_RT = torch.tensor([dialogues[i].ids + [0] * (T - len(dialogues[i].ids)) for i in group], device=device)
-        mask_11TT = torch.full((T, T), torch.finfo(torch.float32).min, device=device).triu(1)[None, None]
-        position_RT = torch.arange(T, device=device).expand(len(group), T)
-        at = [(i, h, r * T + t) for r, i in enumerate(group)
+        sizes = [len(dialogues[i].ids) for i in group]
+        ids_1T = torch.tensor([sum((dialogues[i].ids for i in group), [])], device=device)
+        position_1T = torch.cat([torch.arange(T, device=device) for T in sizes])[None]
+        at = [(i, h, start + t) for i, start in zip(group, np.cumsum([0, *sizes]).tolist())
               for h, span in enumerate(dialogues[i].spans) for t in range(*span)]  # fmt: skip
         row, turn, where_N = (torch.tensor(x, device=device) for x in zip(*at))
         with torch.no_grad():
-            logp_N = forward(ids_RT, position_RT, mask_11TT, where_N - 1, ids_RT.flatten()[where_N], temperature)
+            logp_N = forward(ids_1T, position_1T, [(T, 0, 0) for T in sizes], where_N - 1, ids_1T[0, where_N], temperature)
         if number < len(groups):
             logp_NH.index_put_((row.cpu(), turn.cpu()), logp_N.double().cpu(), accumulate=True)
     return refuel.add_up(logp_NH).numpy()

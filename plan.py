@@ -138,23 +138,23 @@ def trainer(m, cfg, shards, ranks, pair, c=2):
     T = min(cfg.micro_tokens, mine)
     N = T * pair[1] / pair[0]
     passed = c * T * (9 * m.D + 2 * m.groups * m.head_dim + 4 * m.I)  # what one layer keeps for its backward
-    kept = m.layers * (c * T * m.D if cfg.activation_checkpointing else passed) + (c + 4) * N * m.D
-    mask = 8 * T * min(T, pair[0])
-    work = passed * 0.6 + mask  # a forward that keeps nothing
+    products = c * T * (5 * m.D + 2 * m.groups * m.head_dim + 2 * m.I)  # of it where refuel.checkpoint_activations keeps it
+    kept = (cfg.train_layers or m.layers) * (products if cfg.activation_checkpointing else passed) + (c + 4) * N * m.D
+    work = passed * 0.6  # a forward that keeps nothing
     gradients, moments = 4 * learned / shards, 8 * learned / shards
     gathered = c * R + 2 * c * m.layer
     copied = c * R * (1 if shards == 1 else 2)  # what is gathered lies in a buffer first
     # backward begins with the head, goes through the layers, and ends with the root's gradients, whole and unreduced;
     # gradients of an earlier micro-batch are there from the beginning
     head_step = c * R + kept + (4 + c % 4) * head
-    layer_step = gathered + c * head + kept + (passed if cfg.activation_checkpointing else 0) + (c + 4) * m.layer
+    layer_step = gathered + c * head + kept + (passed - products if cfg.activation_checkpointing else 0) + (c + 4) * m.layer
     root_step = 0 if cfg.train_layers else c * R + (c % 4 * R if shards == 1 else (c + 4) * R)
     earlier = gradients if mine > T else 0
     between = moments + gradients if cfg.policy_every else 0  # setting two's moments and pi_0 outlive an update
     return {
         "collect": 4 * P / shards + between,
         "log-probs": 4 * P / shards + between + max(copied, gathered + work + c * N * m.D),
-        "train": 4 * P / shards + moments + mask + max(earlier + max(head_step, layer_step), gradients + root_step),
+        "train": 4 * P / shards + moments + max(earlier + max(head_step, layer_step), gradients + root_step),
         "save": 4 * P / shards + moments + 4 * m.V * m.D,
         "evaluate: KL": 4 * P / shards + max(copied, gathered + 2 * work),
     }

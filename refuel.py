@@ -8,8 +8,8 @@
 The policy talks with a user (roll-in), the conversation is reset to a turn h and continued a second time, and the
 policy is fitted so that its log-ratio explains the difference of the two conversations' rewards (Eq. 1).
 
-Dimension key: B pairs, T tokens, V vocabulary, H turns, R rows of packed pairs, N response tokens; a leading 2 is
-the pair (y, y').
+Dimension key: B pairs, T tokens of packed pairs, V vocabulary, D hidden size, H turns, N response tokens; a leading 2
+is the pair (y, y').
 """
 import os
 import shutil
@@ -41,6 +41,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
 import data
@@ -91,7 +93,7 @@ class Config:
     weight_decay: float
     batch_size: int  # pairs a step, over all ranks
     epochs: int  # passes over an iteration's pairs
-    micro_tokens: int  # tokens a forward and backward on one rank
+    micro_tokens: int  # tokens of one forward and backward on one rank
     activation_checkpointing: bool
     replicas: int  # copies of the weights; 1: sharded over all ranks; the number of nodes: within each node
     checkpoint_steps: int  # steps (setting two: updates) between two saved training states
@@ -127,7 +129,8 @@ SETTINGS = {
         max_dialogue=2048,  # sections 4.2 and C.4
         eta=1e3, lr=3e-7, warmup=0.1, weight_decay=1e-6, batch_size=128, epochs=1,  # the released README; C.3
         gamma=0.0, penalty=0.0, train_layers=0,  # C.1: Eq. 11 is setting two's, and all layers are trained
-        micro_tokens=8192, activation_checkpointing=True, replicas=1,  # ours: one forward and backward in 80 GB
+        micro_tokens=3072,  # ours: the longest pair has 3,071 tokens; see --plan for the memory
+        activation_checkpointing=True, replicas=1,
         checkpoint_steps=50, snapshot_steps=0, wave=512,
         eval_dialogues=500,  # section 4.2
     ),
@@ -348,9 +351,10 @@ def learning_rate(cfg, t, progress):
 
 def make_optimizer(model, cfg):
     """AdamW as released. Eq. 1's gradient is 1/eta^2 of the released loss's; Adam divides that out again but for its
-    epsilon, which is scaled with it (eta = 1000 would otherwise leave most of the update to epsilon)."""
+    epsilon, which is scaled with it (eta = 1000 would otherwise leave most of the update to epsilon). fused: one pass over
+    the weights instead of a dozen, a tenth of the time on a CPU."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, cfg.lr, (0.9, 0.95), 1e-8 / cfg.eta**2, cfg.weight_decay)
+    return torch.optim.AdamW(parameters, cfg.lr, (0.9, 0.95), 1e-8 / cfg.eta**2, cfg.weight_decay, fused=True)
 
 
 METRICS = ("loss", "sign_agreement", "log_ratio", "kl", "drift")
@@ -374,20 +378,19 @@ def read_sums(sums):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# ln pi(y_h | s_h) for both of a pair: one row, the prefix once
+# ln pi(y_h | s_h) for both of a pair: the prefix once, pairs in one row
 # ---------------------------------------------------------------------------------------------------------------
 
 
 def pair_logps(model, pairs, temperature=1.0):
     """ln pi(y|s) and ln pi(y'|s), summed over each response's tokens: (2, B) float32, differentiable.
 
-    A pair is laid out as [s_h, y, y'] with y' blind to y and its positions restarted behind the prefix, so the prefix
-    is computed once; pairs are packed into rows no longer than the longest of them. Logits are those of softmax at
-    the sampling temperature. Equal to a forward for each response alone."""
+    All pairs lie behind each other in one row, each as [s_h, y, y'] with y' blind to y and its positions restarted
+    behind the prefix: the prefix is computed once and nothing is padded. Logits are those of softmax at the sampling
+    temperature. Equal to a forward for each response alone."""
     forward = getattr(model, "token_logps", None) or partial(token_logps, model)
-    packed = pack(pairs, next(model.parameters()).device)
-    logp_N = forward(*packed[:-1], temperature)
-    owner_N = packed[-1]  # in 0 .. 2B-1
+    *packed, owner_N = pack(pairs, next(model.parameters()).device)
+    logp_N = forward(*packed, temperature)
     return torch.zeros(2 * len(pairs), device=logp_N.device).index_add(0, owner_N, logp_N).view(2, -1)
 
 
@@ -395,78 +398,81 @@ def pair_length(pair):
     return len(pair.prefix) + len(pair.y) + len(pair.y2)
 
 
-def rows_of(lengths):
-    """First fit decreasing: indices of pairs in rows no longer than the longest pair."""
-    longest, rows = max(lengths), []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((row for row in rows if row[0] >= lengths[i]), None)
-        if row is None:
-            rows.append(row := [longest])
-        row[0] -= lengths[i]
-        row.append(i)
-    return [row[1:] for row in rows]
-
-
 def pack(pairs, device="cpu"):
-    """Token ids, positions and mask of packed rows, and where the responses' tokens are.
+    """Token ids and positions of the row, the lengths of its pieces, and where the responses' tokens are.
 
-    Returns ids_RT, position_RT, mask_R1TT (float, additive), where_N (the flat position whose hidden state predicts
-    the token), target_N (the token), owner_N (0..B-1 for y, B..2B-1 for y').
+    Returns ids_1T, position_1T, lengths [(of s_h, of y, of y') of each pair], where_N (the position whose hidden state
+    predicts the token), target_N (the token), owner_N (0..B-1 for y, B..2B-1 for y').
 
-    >>> ids, position, mask, where, target, owner = pack([Pair([5, 6], [7], [8, 9], (0, 0), 1, 1)])
-    >>> ids, position, where, target, owner          # rows as lists
-    [[5, 6, 7, 8, 9]], [[0, 1, 2, 2, 3]], [1, 1, 3], [7, 8, 9], [0, 1, 1]
+    >>> ids, position, lengths, where, target, owner = pack([Pair([5, 6], [7], [8, 9], (0, 0), 1, 1)])
+    >>> ids, position, lengths, where, target, owner          # tensors as lists
+    [[5, 6, 7, 8, 9]], [[0, 1, 2, 2, 3]], [(2, 1, 2)], [1, 1, 3], [7, 8, 9], [0, 1, 1]
     """
-    lengths = [pair_length(p) for p in pairs]
-    rows, T = rows_of(lengths), max(lengths)
-    ids, position, block, branch = (np.zeros((len(rows), T), dtype=np.int64) for _ in range(4))
-    block -= 1  # padding is a block of its own: it sees only itself, and nobody sees it
-    where, target, owner = [], [], []
-    for r, row in enumerate(rows):
-        at = 0
-        for i in row:
-            s, y, y2 = pairs[i].prefix, pairs[i].y, pairs[i].y2
-            here = slice(at, at + lengths[i])
-            ids[r, here] = s + y + y2
-            position[r, here] = [*range(len(s) + len(y)), *range(len(s), len(s) + len(y2))]
-            block[r, here], branch[r, here] = i, [0] * len(s) + [1] * len(y) + [2] * len(y2)
-            last = r * T + at + len(s) - 1  # the prefix's last token predicts the first token of both responses
-            where += [last + k for k in range(len(y))] + [last] * bool(y2)
-            where += [last + len(y) + k for k in range(1, len(y2))]
-            target += y + y2
-            owner += [i] * len(y) + [len(pairs) + i] * len(y2)
-            at += lengths[i]
-    ids, position, block, branch, where, target, owner = (
-        torch.as_tensor(x, device=device) for x in (ids, position, block, branch, where, target, owner)
-    )
-    sees = (block[:, :, None] == block[:, None, :]) & torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    sees &= (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
-    mask_R1TT = torch.zeros(sees.shape, device=device).masked_fill_(~sees, torch.finfo(torch.float32).min)[:, None]
-    return ids, position, mask_R1TT, where, target, owner
+    ids, position, lengths, where, target, owner = ([] for _ in range(6))
+    for i, pair in enumerate(pairs):
+        s, y, y2 = lengths_i = len(pair.prefix), len(pair.y), len(pair.y2)
+        last = len(ids) + s - 1  # the prefix's last token predicts the first token of both responses
+        ids += pair.prefix + pair.y + pair.y2
+        position += [*range(s + y), *range(s, s + y2)]
+        lengths.append(lengths_i)
+        where += [last + k for k in range(y)] + [last] * bool(y2) + [last + y + k for k in range(1, y2)]
+        target += pair.y + pair.y2
+        owner += [i] * y + [len(pairs) + i] * y2
+    ids_T, position_T, *rest = (torch.tensor(x, device=device) for x in (ids, position, where, target, owner))
+    return ids_T[None], position_T[None], lengths, *rest
 
 
-def token_logps(model, ids_RT, position_RT, mask_R1TT, where_N, target_N, temperature):
+def attend_in_pairs(model):
+    """The transformers model, with pair_attention as its attention."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("pairs", pair_attention)
+    model.set_attn_implementation("pairs")
+    return model
+
+
+def pair_attention(module, query, key, value, attention_mask, lengths, scaling=None, dropout=0.0, **kwargs):
+    """Attention of pack's row, (1, heads, T, head_dim): each pair for itself, [s_h, y] causal, y' on s_h and causal on
+    itself. Nothing is computed that nobody looks at, and no mask of the whole row exists."""
+    attend = partial(scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
+    groups = query.shape[1] // key.shape[1]  # query heads for each key-value head
+    pieces = [n for s, y, y2 in lengths for n in (s + y, y2)]
+    q, k, v = (x.split(pieces, dim=2) for x in (query, key, value))
+    out = []
+    for i, (s, _, y2) in enumerate(lengths):
+        first, twin = 2 * i, 2 * i + 1
+        out.append(attend(q[first], k[first], v[first], is_causal=True, enable_gqa=groups > 1))
+        if y2:
+            seen = (torch.cat([x[first][:, :, :s], x[twin]], dim=2).repeat_interleave(groups, dim=1) for x in (k, v))
+            mask = torch.ones(y2, s + y2, dtype=torch.bool, device=query.device).tril(s)
+            out.append(attend(q[twin], *seen, attn_mask=mask))  # no fused kernel has a mask and shares heads
+    return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+def token_logps(model, ids_1T, position_1T, lengths, where_N, target_N, temperature):
     """ln pi of the target tokens (N,): the body of a forward, then logits only where they are asked for."""
-    dtype = getattr(model, "compute_dtype", torch.float32)  # a mask of another type than the query is refused
-    hidden_RTD = model.model(input_ids=ids_RT, attention_mask=mask_R1TT.to(dtype), position_ids=position_RT,
-                             use_cache=False).last_hidden_state  # fmt: skip
-    return SelectedLogps.apply(hidden_RTD.flatten(0, 1)[where_N], model.lm_head.weight, target_N, temperature)
+    if model.config._attn_implementation != "pairs":  # any other attention would pass over `lengths` without a word
+        raise RuntimeError("this model does not attend in pairs: attend_in_pairs(model) first")
+    hidden_1TD = model.model(input_ids=ids_1T, position_ids=position_1T, lengths=lengths, use_cache=False).last_hidden_state
+    return SelectedLogps.apply(hidden_1TD[0].index_select(0, where_N), model.lm_head.weight, target_N, temperature)
 
 
 class SelectedLogps(torch.autograd.Function):
     """log_softmax(hidden @ weight.T / temperature)[target], in float32, a block of tokens by words at a time.
 
     Keeps the log-sum-exp of each token and computes the logits again in backward, so that no (N, V) tensor lives. A
-    block of logits and the words' part of the weight stay in a processor's cache."""
+    block of logits and the words' part of the weight stay in a processor's cache (8 MB, the best of nine sizes tried); a
+    GPU's block (128 MB) is a size at which starting its kernels is no part of their time, by arithmetic."""
 
-    BLOCK = 256, 8192  # tokens, words
+    BLOCK = {"cpu": (1024, 2048), "cuda": (1024, 32768)}  # tokens, words
 
     @staticmethod
     def blocks(hidden_ND, weight_VD, target_N, temperature):
         """(tokens c, words w, their logits, each token's target as a column of them, whether it lies among them)."""
-        for v in range(0, len(weight_VD), SelectedLogps.BLOCK[1]):
-            for i in range(0, len(target_N), SelectedLogps.BLOCK[0]):
-                c, w = slice(i, i + SelectedLogps.BLOCK[0]), slice(v, v + SelectedLogps.BLOCK[1])
+        tokens, words = SelectedLogps.BLOCK[hidden_ND.device.type]
+        for v in range(0, len(weight_VD), words):
+            for i in range(0, len(target_N), tokens):
+                c, w = slice(i, i + tokens), slice(v, v + words)
                 logits_cw = (hidden_ND[c] @ weight_VD[w].T).float().div_(temperature)
                 column_c = (target_N[c] - v).clamp(0, logits_cw.shape[1] - 1)
                 yield c, w, logits_cw, column_c[:, None], (column_c + v == target_N[c]).float()
@@ -492,14 +498,19 @@ class SelectedLogps(torch.autograd.Function):
             p_cw = logits_cw.sub_(lse_N[c, None]).exp_()
             grad_cw = p_cw.neg_().scatter_add_(1, column_c1, inside_c[:, None])
             grad_cw = grad_cw.mul_(grad_N[c, None] / ctx.temperature).to(hidden_ND.dtype)
-            grad_hidden_ND[c] += grad_cw @ weight_VD[w]
+            add_product(grad_hidden_ND[c], grad_cw, weight_VD[w])
             if learns:
-                grad_weight_VD[w] += grad_cw.T @ hidden_ND[c]
+                add_product(grad_weight_VD[w], grad_cw.T, hidden_ND[c])
         return grad_hidden_ND.to(hidden_ND.dtype), grad_weight_VD.to(weight_VD.dtype) if learns else None, None, None
 
 
+def add_product(sum_ik, a_ij, b_jk):
+    """sum += a @ b, in place where the types allow it."""
+    sum_ik.addmm_(a_ij, b_jk) if a_ij.dtype == sum_ik.dtype else sum_ik.add_(a_ij @ b_jk)
+
+
 def micro_batches(pairs, tokens):
-    """This rank's part of a batch, in forwards of at most `tokens` padded tokens: [(pairs, share of the batch)].
+    """This rank's part of a batch, in forwards of at most `tokens`: [(pairs, share of the batch)].
 
     Every rank runs the same number of forwards, else FSDP would wait for ever: a rank with fewer repeats a pair with
     share 0. Shares over all ranks sum to 1."""
@@ -509,13 +520,13 @@ def micro_batches(pairs, tokens):
 
 
 def split(pairs, tokens):
-    """Longest first into groups whose packed rows stay within `tokens`; a pair that is longer goes alone."""
-    groups, rest = [], sorted(pairs, key=pair_length, reverse=True)
-    while rest:
-        rows = rows_of([pair_length(p) for p in rest])[: max(1, tokens // pair_length(rest[0]))]
-        taken = sorted(i for row in rows for i in row)
-        groups.append([rest[i] for i in taken])
-        rest = [p for i, p in enumerate(rest) if i not in set(taken)]
+    """First fit decreasing into groups of at most `tokens`; a pair that is longer goes alone."""
+    groups = []
+    for pair in sorted(pairs, key=pair_length, reverse=True):
+        room = (group for group in groups if sum(map(pair_length, group)) + pair_length(pair) <= tokens)
+        if (group := next(room, None)) is None:
+            groups.append(group := [])
+        group.append(pair)
     return groups
 
 
@@ -607,20 +618,40 @@ def load_policy(path, cfg):
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if not (hasattr(model, "lm_head") and hasattr(getattr(model, "model", None), "rotary_emb")):
         raise BadInput(f"{path} is a {config.model_type}, and only policies of Llama's shape are trained here")
+    attend_in_pairs(model)
     if cfg.train_layers:  # Paper: the last four layers. (Released code: the last norm and lm_head besides.)
         model.requires_grad_(False)
         model.model.layers[-cfg.train_layers :].requires_grad_(True)
     if cfg.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     shard(model, cfg.replicas)
     model.to_empty(device=device())
     # buffers that no checkpoint holds (rotary frequencies) are garbage after to_empty
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device())
     read_slices(model, path)
     return model
+
+
+PRODUCTS = {torch.ops.aten.mm.default} | {
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
+    for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")}  # fmt: skip
+
+
+def checkpoint_activations(model):
+    """Of a layer the results of matrix products and of attention are kept for the backward; norms, rotations and gates
+    are computed again: half of the memory, and nothing that costs FLOPs runs twice."""
+
+    def keep_products(_, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+    kept = partial(create_selective_checkpoint_contexts, keep_products)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": kept})
+    model.disable_input_require_grads()  # transformers would go back through layers that do not learn
+    for layer in model.model.layers:  # one that does not learn keeps nothing by itself, but its products if told to
+        layer.gradient_checkpointing = next(layer.parameters()).requires_grad
 
 
 def shard(model, replicas=1):
@@ -636,7 +667,6 @@ def shard(model, replicas=1):
     options = dict(mesh=whole if replicas > 1 else whole["shards"], reshard_after_forward=True)
     if cuda:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        model.compute_dtype = torch.bfloat16
     for layer in model.model.layers:
         fully_shard(layer, **options)
     # log-probs do not pass through model.forward, so FSDP is told which method needs the root's weights
@@ -758,7 +788,7 @@ def load_training(folder, model, optimizer):
     state = load_file(os.path.join(folder, f"step_{saved['step']}_rank_{rank()}.safetensors"))
     for p in optimizer.param_groups[0]["params"]:
         moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        optimizer.state[p] = {"step": torch.zeros(()), **moments}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}  # where fused AdamW wants it
     for name, tensor in training_state(model, optimizer).items():
         tensor.copy_(state[name])
     return saved["step"] + 1

@@ -269,7 +269,10 @@ class Engine:
 
 
 class TransformersEngine(Engine):
-    """transformers' generate: runs everywhere, slowly. Left-padded batches, sorted by length."""
+    """transformers' generate: runs everywhere, slowly. Left-padded batches, sorted by length.
+
+    The keys and values of the last batch are kept: dialogues that all go on from it, as they do turn by turn within a
+    wave, compute only what is new to them."""
 
     def __init__(self, path, max_new_tokens, temperature, max_length, batch=512):
         super().__init__(path, max_new_tokens, temperature, max_length)
@@ -283,6 +286,7 @@ class TransformersEngine(Engine):
         self.model = self.model.to(self.device).eval()
         # a checkpoint's own sampling habits (top-p, penalties, forced tokens) must not leak into the behaviour policy
         self.model.generation_config = GenerationConfig()
+        self.past = None
 
     def generate(self, prompts, seeds, limits):
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -296,30 +300,61 @@ class TransformersEngine(Engine):
         import torch
         from transformers import GenerationConfig, LogitsProcessorList
 
-        pad, length = self.stop[0], max(map(len, prompts))
-        ids_BT = torch.tensor([[pad] * (length - len(p)) + p for p in prompts], device=self.device)
-        mask_BT = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        held, held_BT, cache = self.continued(prompts)
+        fresh, pad = [p[n:] for p, n in zip(prompts, held)], self.stop[0]
+        length = max(map(len, fresh))
+        ids_BT = torch.tensor([[pad] * (length - len(p)) + p for p in fresh], device=self.device)
+        mask_BT = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in fresh], device=self.device)
+        mask_BT = torch.cat([held_BT, mask_BT], dim=1)
         sampler = SeededSampler(seeds, self.temperature)
         with torch.no_grad():
-            out_BT = self.model.generate(
-                input_ids=ids_BT, attention_mask=mask_BT, logits_processor=LogitsProcessorList([sampler]),
+            out = self.model.generate(
+                input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, return_dict_in_generate=True,
+                logits_processor=LogitsProcessorList([sampler]),
                 generation_config=GenerationConfig(max_new_tokens=max(limits), do_sample=False,
                                                    eos_token_id=self.stop, pad_token_id=pad),
-            )[:, length:].tolist()  # fmt: skip
+            )  # fmt: skip
         logp_BT = torch.stack(sampler.logps, 1).tolist()
         self.tokens.update(prefill=ids_BT.numel(), decode=len(prompts) * (len(sampler.logps) - 1))
         answers = []
-        for ids, logps, limit in zip(out_BT, logp_BT, limits):
+        for ids, logps, limit in zip(out.sequences[:, length:].tolist(), logp_BT, limits):
             end = next((t + 1 for t, i in enumerate(ids[:limit]) if i in self.stop), None)
             answers.append((ids[: end or limit], end is None, sum(logps[: end or limit])))
+        said_BT = torch.tensor([[t + 1 < len(ids) for t in range(len(sampler.logps) - 1)] for ids, _, _ in answers],
+                               dtype=mask_BT.dtype, device=self.device)  # fmt: skip  (the last token was not fed)
+        rows = {tuple(p + ids[:-1]): i for i, (p, (ids, _, _)) in enumerate(zip(prompts, answers))}
+        self.past = rows, torch.cat([mask_BT, said_BT], dim=1), out.past_key_values
         return answers
 
+    def continued(self, prompts):
+        """How many ids of each prompt the last batch has computed, their mask (left-padded), and their keys and values;
+        none unless every prompt goes on from one of its rows."""
+        import torch
+        from transformers.cache_utils import DynamicLayer
+
+        (rows, mask_BT, cache), self.past = self.past or ({}, None, None), None
+        lengths = sorted(set(map(len, rows)), reverse=True)
+        found = [next((p[:n] for n in lengths if n < len(p) and tuple(p[:n]) in rows), []) for p in prompts]
+        if not all(found) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return [0] * len(prompts), torch.zeros(len(prompts), 0, dtype=torch.long, device=self.device), None
+        index_B = torch.tensor([rows[tuple(ids)] for ids in found], device=self.device)
+        held = list(map(len, found))
+        column_BT = mask_BT[index_B].argsort(dim=1, stable=True)[:, -max(held) :]  # what is padding goes to the left
+        for layer in cache.layers:
+            for name in ("keys", "values"):
+                old = getattr(layer, name)
+                where = column_BT[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3])
+                setattr(layer, name, old[index_B].gather(2, where))
+        return held, mask_BT[index_B].gather(1, column_BT), cache
+
     def sleep(self):
+        self.past = None
         self.model.to("cpu")
 
     def update(self, weights):
         import torch
 
+        self.past = None
         self.model.to(self.device)
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():

@@ -7,7 +7,8 @@
     python tests/bench.py lengths SHAREGPT.json --policy FOLDER         how tests/lengths.json was made
 
 Every variant goes through refuel.with_old_logps and refuel.regress; only the layout functions are exchanged, and the
-log-probs of all of them must agree to 1e-4 a token (bfloat16: 1e-1). Times are medians of repeats in which the variants
+log-probs of all of them must agree to 1e-4 a token (bfloat16: 1e-1). FLOPs are counted in what ran, as multiples of those
+on unique tokens. Times are medians of repeats in which the variants
 take turns; on the CPU they are CPU seconds, which a busy neighbour lengthens less than the clock. Memory is the
 high-water mark of torch's own allocations (its CPU memory profiler, or max_memory_allocated) above weights and AdamW's
 state, gradients included. Results go to results/bench.json and, as Markdown, to the terminal.
@@ -29,6 +30,7 @@ import refuel  # noqa: E402  (first: it sets what torch reads)
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import simulator  # noqa: E402
 
@@ -101,7 +103,7 @@ def make_model(name, device):
         model = LlamaForCausalLM(config)
     if device == "cuda":  # weights, gradients and AdamW's state in bfloat16: 8B then fits one card
         model = model.to(torch.bfloat16)
-        model.compute_dtype = torch.bfloat16
+    refuel.checkpoint_activations(model)
     return model
 
 
@@ -127,17 +129,48 @@ def two_rows(model, pairs, temperature=1.0):
     return refuel_pair_logps(model, halves, temperature)[0].view(2, -1)
 
 
+def one_row(lengths):
+    return [list(range(len(lengths)))]
+
+
 def one_pair_a_row(lengths):
     return [[i] for i in range(len(lengths))]
 
 
-def logits_everywhere(model, ids_RT, position_RT, mask_R1TT, where_N, target_N, temperature):
+def dense(rows_of):
+    """Pairs in rows that are padded to the longest of them, under a mask of each row; rows_of(lengths): which in which."""
+
+    def pair_logps(model, pairs, temperature=1.0):
+        device, rows = model.lm_head.weight.device, rows_of(list(map(refuel.pair_length, pairs)))
+        T = max(sum(refuel.pair_length(pairs[i]) for i in row) for row in rows)
+        ids_RT, position_RT, pair_RT, branch_RT, where_N, target_N, owner_N = ([] for _ in range(7))
+        for r, row in enumerate(rows):
+            ids_1T, position_1T, lengths, where, target, owner = refuel.pack([pairs[i] for i in row])
+            who = torch.tensor([(i, b) for i, pair in enumerate(lengths) for b in range(3) for _ in range(pair[b])])
+            for rows_T, x, fill in zip((ids_RT, position_RT, pair_RT, branch_RT),
+                                       (ids_1T[0], position_1T[0], *who.T), (0, 0, -1, 0)):  # fmt: skip
+                rows_T.append(F.pad(x, (0, T - len(x)), value=fill))
+            where_N.append(where + r * T), target_N.append(target)
+            owner_N.append(torch.tensor(row + [len(pairs) + i for i in row])[owner])
+        ids_RT, position_RT, pair_RT, branch_RT = (
+            torch.stack(x).to(device) for x in (ids_RT, position_RT, pair_RT, branch_RT))  # fmt: skip
+        where_N, target_N, owner_N = (torch.cat(x).to(device) for x in (where_N, target_N, owner_N))
+        sees_RTT = (pair_RT[:, :, None] == pair_RT[:, None]) & torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        sees_RTT &= (branch_RT[:, None] == 0) | (branch_RT[:, None] == branch_RT[:, :, None])
+        hidden_RTD = model.model(input_ids=ids_RT, attention_mask=sees_RTT[:, None], position_ids=position_RT,
+                                 use_cache=False).last_hidden_state  # fmt: skip
+        hidden_ND = hidden_RTD.flatten(0, 1).index_select(0, where_N)
+        logp_N = refuel.SelectedLogps.apply(hidden_ND, model.lm_head.weight, target_N, temperature)
+        return torch.zeros(2 * len(pairs), device=device).index_add(0, owner_N, logp_N).view(2, -1)
+
+    return pair_logps
+
+
+def logits_everywhere(model, ids_1T, position_1T, lengths, where_N, target_N, temperature):
     """As refuel.token_logps, but every position is projected onto the vocabulary."""
-    dtype = getattr(model, "compute_dtype", torch.float32)
-    hidden_ND = model.model(input_ids=ids_RT, attention_mask=mask_R1TT.to(dtype), position_ids=position_RT,
-                            use_cache=False).last_hidden_state.flatten(0, 1)  # fmt: skip
-    others = torch.ones(len(hidden_ND), dtype=torch.bool, device=hidden_ND.device).index_fill(0, where_N, False)
-    rows_MD = torch.cat([hidden_ND[where_N], hidden_ND[others]])
+    hidden_1TD = model.model(input_ids=ids_1T, position_ids=position_1T, lengths=lengths, use_cache=False).last_hidden_state
+    others = torch.ones(hidden_1TD.shape[1], dtype=torch.bool, device=ids_1T.device).index_fill(0, where_N, False)
+    rows_MD = torch.cat([hidden_1TD[0, where_N], hidden_1TD[0, others]])
     targets_M = F.pad(target_N, (0, len(rows_MD) - len(target_N)))
     return refuel.SelectedLogps.apply(rows_MD, model.lm_head.weight, targets_M, temperature)[: len(target_N)]
 
@@ -170,29 +203,31 @@ def one_by_one(pairs, tokens):
     return [([p], 1 / len(pairs)) for p in pairs]
 
 
-def flex_logps(model, ids_RT, position_RT, mask_R1TT, where_N, target_N, temperature):
-    """As refuel.token_logps, the mask as a block mask of flex attention: blocks that nobody sees are skipped."""
+def flex_logps(model, ids_1T, position_1T, lengths, where_N, target_N, temperature):
+    """As refuel.token_logps, by one call of flex attention a layer: blocks of the row that nobody sees are skipped."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    sees_RTT = mask_R1TT[:, 0] == 0
-    length = sees_RTT.shape[-1]
-    block = create_block_mask(lambda b, h, q, k: sees_RTT[b, q, k], len(ids_RT), None, length, length,
-                              device=ids_RT.device, _compile=ids_RT.is_cuda)  # fmt: skip
-    model.set_attn_implementation("flex_attention")
-    hidden_RTD = model.model(input_ids=ids_RT, attention_mask=block, position_ids=position_RT,
-                             use_cache=False).last_hidden_state  # fmt: skip
-    model.set_attn_implementation("sdpa")
-    return refuel.SelectedLogps.apply(hidden_RTD.flatten(0, 1)[where_N], model.lm_head.weight, target_N, temperature)
+    T, device = ids_1T.shape[1], ids_1T.device
+    pair_T, branch_T = torch.tensor([(i, b) for i, pair in enumerate(lengths) for b in range(3)
+                                     for _ in range(pair[b])], device=device).T  # fmt: skip
+
+    def sees(b, h, q, k):
+        return (pair_T[q] == pair_T[k]) & (q >= k) & ((branch_T[k] == 0) | (branch_T[k] == branch_T[q]))
+
+    block = create_block_mask(sees, None, None, T, T, device=device, _compile=ids_1T.is_cuda)
+    hidden_1TD = model.model(input_ids=ids_1T, attention_mask=block, position_ids=position_1T, use_cache=False).last_hidden_state
+    return refuel.SelectedLogps.apply(hidden_1TD[0].index_select(0, where_N), model.lm_head.weight, target_N, temperature)
 
 
 refuel_pair_logps = refuel.pair_logps
-VARIANTS = {  # what of refuel is exchanged
-    "ours": {},
-    "without the shared prefix": dict(pair_logps=two_rows),
-    "without packing": dict(rows_of=one_pair_a_row),
-    "logits at every position": dict(token_logps=logits_everywhere),
-    "logits in one piece": dict(SelectedLogps=InOnePiece),
-    "the released layout": dict(pair_logps=padded, micro_batches=one_by_one),
+VARIANTS = {  # whose attention, and what of refuel is exchanged
+    "ours": ("pairs", {}),
+    "without the shared prefix": ("pairs", dict(pair_logps=two_rows)),
+    "without packing": ("sdpa", dict(pair_logps=dense(one_pair_a_row))),
+    "with a mask of the whole row": ("sdpa", dict(pair_logps=dense(one_row))),
+    "logits at every position": ("pairs", dict(token_logps=logits_everywhere)),
+    "logits in one piece": ("pairs", dict(SelectedLogps=InOnePiece)),
+    "the released layout": ("sdpa", dict(pair_logps=padded, micro_batches=one_by_one)),
 }
 
 
@@ -206,8 +241,9 @@ def exchanged(parts):
         vars(refuel).update(kept)
 
 
-def run_step(model, optimizer, pairs, cfg, parts):
+def run_step(model, optimizer, pairs, cfg, attention="pairs", parts={}):
     """Old log-probs, forward, backward, AdamW on one batch; returns the old log-probs (2, B)."""
+    refuel.attend_in_pairs(model).set_attn_implementation(attention)
     with exchanged(parts):
         old = refuel.with_old_logps(model, pairs, cfg)
         refuel.regress(model, optimizer, old, cfg)
@@ -226,12 +262,13 @@ class Trl:
         words = {"prompt": ["something red"] * 4, "chosen": ["go on"] * 4, "rejected": ["not sure"] * 4}
         cuda = model.lm_head.weight.is_cuda
         options = DPOConfig(output_dir=os.path.join("runs", "trl"), precompute_ref_log_probs=True, max_length=2048,
-                            per_device_train_batch_size=4, gradient_checkpointing=False, bf16=cuda, use_cpu=not cuda,
+                            per_device_train_batch_size=2, gradient_checkpointing=False, bf16=cuda, use_cpu=not cuda,
                             report_to=[])  # fmt: skip
         self.trainer = DPOTrainer(model, args=options, train_dataset=Dataset.from_dict(words),
                                   processing_class=toy.make_tokenizer())  # fmt: skip
 
     def step(self, model, optimizer, pairs):
+        model.set_attn_implementation("sdpa")
         size, logps = self.trainer.args.per_device_train_batch_size, []
         batches = [self.trainer.data_collator(
             [dict(prompt_ids=p.prefix, chosen_ids=p.y, rejected_ids=p.y2) for p in pairs[i : i + size]])
@@ -289,7 +326,7 @@ def peak_bytes(device, work):
 
 def step_cfg(args, more=""):
     """Setting one at a learning rate at which all variants see one policy."""
-    flags = f"--setting one --activation-checkpointing false --lr 1e-9 --micro-tokens {args.micro_tokens} {more}"
+    flags = f"--setting one --lr 1e-9 --micro-tokens {args.micro_tokens[0]} {more}"
     return refuel.read_config(flags.split())
 
 
@@ -298,14 +335,14 @@ def measure_step(args):
     model = make_model(args.model, args.device)
     flags = f"--batch-size {args.pairs} --num-prompts {args.pairs} --temperature 1.0"  # TRL's temperature
     cfg = step_cfg(args, flags)
-    if args.model == "8b":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = refuel.make_optimizer(model, cfg)
     variants = dict(VARIANTS)
     if args.device == "cuda":
-        variants["flex attention"] = dict(token_logps=flex_logps)
-    run = {name: lambda pairs, parts=parts: run_step(model, optimizer, pairs, cfg, parts)
-           for name, parts in variants.items()}  # fmt: skip
+        variants["flex attention"] = ("flex_attention", dict(token_logps=flex_logps))
+    run = {name: lambda pairs, how=how: run_step(model, optimizer, pairs, cfg, *how) for name, how in variants.items()}
+    for tokens in args.micro_tokens[1:]:
+        other = refuel.replace(cfg, micro_tokens=tokens)
+        run[f"ours, forwards of {tokens:,} tokens"] = lambda pairs, other=other: run_step(model, optimizer, pairs, other)
     with contextlib.suppress(ImportError):
         import trl
 
@@ -313,53 +350,46 @@ def measure_step(args):
         run[f"TRL {trl.__version__}'s DPO"] = lambda pairs: other.step(model, optimizer, pairs)
     run = {name: f for name, f in run.items() if not args.only or name in args.only or name.split()[0] in args.only}
     vocabulary, scale = model.config.vocab_size, 0.05 if args.model == "tiny" else 1.0
-    run_step(model, optimizer, make_pairs(1, 10**6, vocabulary, scale), cfg, {})  # AdamW's state, the libraries' start
+    run_step(model, optimizer, make_pairs(1, 10**6, vocabulary, scale), cfg)  # AdamW's state, the libraries' start
     rates, rows = [], {name: dict(seconds=[], share=[], gap=0.0) for name in run}
     for repeat in range(args.repeats):
         pairs = make_pairs(args.pairs, args.seed + repeat, vocabulary, scale)
         work, logps = flops(model, pairs), {}
         rates.append(matmul_rate(model))
         for name, step in run.items():
-            # one pair at a time, always padded to the same length: its time is that of one pair times their number
-            part = pairs[: args.sample] if name == "the released layout" else pairs
             start = clock(args.device)
-            logps[name] = step(part)
-            rows[name]["seconds"].append((clock(args.device) - start) * len(pairs) / len(part))
+            logps[name] = step(pairs)
+            rows[name]["seconds"].append(clock(args.device) - start)
             rows[name]["share"].append(work / rows[name]["seconds"][-1] / rates[-1])
             print(f"{repeat} {name}: {rows[name]['seconds'][-1]:.1f} s", file=sys.stderr, flush=True)
         tokens = torch.tensor([[len(p.y) for p in pairs], [len(p.y2) for p in pairs]])
         for name, logp_2B in logps.items():
-            gap = ((logp_2B - logps["ours"][:, : logp_2B.shape[1]]).abs() / tokens[:, : logp_2B.shape[1]]).max().item()
+            gap = ((logp_2B - logps["ours"]).abs() / tokens).max().item()
             rows[name]["gap"] = max(rows[name]["gap"], gap)
             assert gap < (1e-4 if args.device == "cpu" else 0.1), (name, gap)
     pairs = make_pairs(args.pairs, args.seed, vocabulary, scale)
     for name, step in run.items():
-        part = pairs[:1] if name == "the released layout" else pairs
-        rows[name]["peak"] = peak_bytes(args.device, lambda part=part, step=step: step(part))
+        with FlopCounterMode(display=False) as counter:
+            rows[name]["peak"] = peak_bytes(args.device, lambda step=step: step(pairs))
+        rows[name]["flops"] = counter.get_total_flops() / flops(model, pairs)
     for row in rows.values():
         row["pairs_per_second"] = args.pairs / statistics.median(row["seconds"])
         row["ours_over_it"] = statistics.median(s / o for s, o in zip(row["seconds"], rows["ours"]["seconds"]))
         row["share"] = statistics.median(row["share"])
     unique = sum(map(refuel.pair_length, pairs))
     return dict(rows=rows, matmul=statistics.median(rates), pairs=args.pairs, unique_tokens=unique, device=args.device,
-                model=args.model, bound=flop_bound(model, args))  # fmt: skip
-
-
-def flop_bound(model, args):
-    """How many times the released layout's weight products are ours, over a thousand pairs."""
-    pairs = make_pairs(1000, 0, 10)
-    body = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and p.dim() == 2)
-    head = model.lm_head.weight.numel()
-    ours = sum(body * refuel.pair_length(p) + head * (len(p.y) + len(p.y2)) for p in pairs)
-    return len(pairs) * (body * 4096 + head * 4094) / ours
+                model=args.model)  # fmt: skip
 
 
 def step_table(found):
-    lines = ["| layout | pairs a second | times ours | of the matmul rate | peak memory, GB | log-probs differ by |"]
-    lines.append("|---" * 6 + "|")
+    """On a GPU the share is also given of an H100's 989 TFLOP/s, which is what is called MFU."""
+    lines = [f"matrix products: {found['matmul'] / 1e9:.0f} GFLOP/s", ""]
+    lines += ["| layout | pairs a second | time | FLOPs | of the matmul rate | peak memory, GB | log-probs differ by |"]
+    lines.append("|---" * 7 + "|")
     for name, r in found["rows"].items():
-        lines.append(f"| {name} | {r['pairs_per_second']:.3f} | {r['ours_over_it']:.2f} | {100 * r['share']:.0f} % | "
-                     f"{r['peak'] / 2**30:.2f} | {r['gap']:.0e} |")  # fmt: skip
+        mfu = f", MFU {100 * r['share'] * found['matmul'] / 989e12:.0f} %" if found["device"] == "cuda" else ""
+        lines.append(f"| {name} | {r['pairs_per_second']:.3f} | {r['ours_over_it']:.2f} | {r['flops']:.2f} | "
+                     f"{100 * r['share']:.0f} %{mfu} | {r['peak'] / 2**30:.2f} | {r['gap']:.0e} |")  # fmt: skip
     return lines
 
 
@@ -374,7 +404,7 @@ def timed_steps(model, batches, repeats, base_cfg):
         for batch, found in zip(batches, seconds):
             cfg = refuel.replace(base_cfg, batch_size=len(batch))
             start = clock(model.lm_head.weight.device.type)
-            run_step(model, optimizer, batch, cfg, {})
+            run_step(model, optimizer, batch, cfg)
             found.append(clock(model.lm_head.weight.device.type) - start)
     return [statistics.median(found[1:]) for found in seconds]
 
@@ -507,8 +537,7 @@ def main():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--sample", type=int, default=1, help="pairs of the released layout that are timed")
-    parser.add_argument("--micro-tokens", type=int, default=8192)
+    parser.add_argument("--micro-tokens", type=int, nargs="+", default=[3072], help="of setting one; more: more rows")
     parser.add_argument("--only", nargs="*", default=[], help="layouts by name or first word")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--policy")

@@ -14,6 +14,7 @@ import torch
 import refuel
 import simulator
 import toy
+from bench import peak_bytes
 from conftest import ROOT, random_pairs
 from refuel import Pair, collect, micro_batches, pair_logps, refuel_loss, regress, sample_resets
 from simulator import Dialogue
@@ -55,14 +56,27 @@ def test_the_loss_ignores_a_constant_in_the_rewards_and_the_order_of_a_pair():
 # --- ln pi(y|s) -------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def model(model):
+    return refuel.attend_in_pairs(model)
+
+
+def plain_logits(model, ids):
+    """(T, V), with transformers' own attention."""
+    model.set_attn_implementation("eager")
+    logits_TV = model(torch.tensor([ids])).logits[0]
+    refuel.attend_in_pairs(model)
+    return logits_TV
+
+
 def slow_logps(model, pairs, temperature):
     """Token by token: one forward for each response token, on the plain causal sequence before it."""
     logp_2B = torch.zeros(2, len(pairs))
     for b, pair in enumerate(pairs):
         for row, response in enumerate((pair.y, pair.y2)):
             for t, token in enumerate(response):
-                logits = model(torch.tensor([pair.prefix + response[:t]])).logits[0, -1]
-                logp_2B[row, b] += torch.log_softmax(logits / temperature, -1)[token]
+                logits_V = plain_logits(model, pair.prefix + response[:t])[-1]
+                logp_2B[row, b] += torch.log_softmax(logits_V / temperature, -1)[token]
     return logp_2B
 
 
@@ -71,9 +85,9 @@ def row_logps(model, pairs, temperature):
     rows = []
     for response in (lambda p: p.y), (lambda p: p.y2):
         for p in pairs:
-            ids = torch.tensor([p.prefix + response(p)])
-            logp_TV = torch.log_softmax(model(ids).logits[0, :-1] / temperature, -1)
-            rows.append(logp_TV.gather(1, ids[0, 1:, None])[len(p.prefix) - 1 :].sum())
+            ids = p.prefix + response(p)
+            logp_TV = torch.log_softmax(plain_logits(model, ids)[:-1] / temperature, -1)
+            rows.append(logp_TV.gather(1, torch.tensor(ids)[1:, None])[len(p.prefix) - 1 :].sum())
     return torch.stack(rows).view(2, -1)
 
 
@@ -107,6 +121,29 @@ def test_a_response_is_blind_to_its_twin_and_to_its_neighbours_in_the_row(model)
     assert torch.allclose(pair_logps(model, [pairs[0]]), logp_2B[:, :1], atol=1e-5)
 
 
+def test_attention_of_a_packed_row_equals_dense_attention_under_its_mask():
+    """With fewer key-value heads than query heads, empty responses and gradients; the mask by one rule a token."""
+    lengths, g = [(5, 3, 4), (2, 1, 0), (4, 0, 0), (1, 2, 6)], torch.Generator().manual_seed(0)
+    owner = [(i, branch) for i, pair in enumerate(lengths) for branch in range(3) for _ in range(pair[branch])]
+    T = len(owner)
+    sees = torch.tensor([[t <= s and b == a and d in (0, c) for t, (b, d) in enumerate(owner)]
+                         for s, (a, c) in enumerate(owner)])  # fmt: skip
+    q, k, v = (torch.randn(1, heads, T, 16, generator=g).requires_grad_() for heads in (4, 2, 2))
+    scores = (q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.3).masked_fill(~sees, -torch.inf)
+    dense = (scores.softmax(-1) @ v.repeat_interleave(2, 1)).transpose(1, 2)
+    ours, _ = refuel.pair_attention(None, q, k, v, None, lengths, scaling=0.3)
+    assert torch.allclose(ours, dense, atol=1e-6)
+    up = torch.randn(ours.shape, generator=g)
+    for a, b in zip(*(torch.autograd.grad(x, (q, k, v), up) for x in (ours, dense))):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_model_with_another_attention_is_refused(model):
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="attend_in_pairs"):
+        pair_logps(model, random_pairs(2))
+
+
 def test_only_sampled_tokens_are_in_the_loss(model):
     """Bug by name: user tokens in the loss. Another prefix's tokens are conditioned on, never scored."""
     pair = random_pairs(1)[0]
@@ -116,7 +153,7 @@ def test_only_sampled_tokens_are_in_the_loss(model):
 
 
 def test_blocked_logps_equal_autograds(monkeypatch):
-    monkeypatch.setattr(refuel.SelectedLogps, "BLOCK", (3, 4))  # of 8 tokens and 11 words
+    monkeypatch.setitem(refuel.SelectedLogps.BLOCK, "cpu", (3, 4))  # of 8 tokens and 11 words
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(8, 5, generator=g, requires_grad=True), torch.randn(11, 5, generator=g).requires_grad_()
     target, up = torch.randint(11, (8,), generator=g), torch.randn(8, generator=g)
@@ -128,7 +165,7 @@ def test_blocked_logps_equal_autograds(monkeypatch):
 
 
 def test_no_tensor_of_all_tokens_by_the_vocabulary_lives(model, monkeypatch):
-    monkeypatch.setattr(refuel.SelectedLogps, "BLOCK", (16, 30))
+    monkeypatch.setitem(refuel.SelectedLogps.BLOCK, "cpu", (16, 30))
     pairs, kept = random_pairs(40), []
     tokens = sum(len(p.y) + len(p.y2) for p in pairs)
 
@@ -154,6 +191,23 @@ def test_micro_batches_keep_to_the_budget_and_every_rank_has_as_many(monkeypatch
             assert refuel.pack(micro)[0].numel() <= 100 or len(micro) == 1
             seen.update({id(p): 1 for p in micro if share})
     assert len(counts) == 1 and len(seen) == 23 and set(seen.values()) == {1}
+
+
+def test_activation_checkpointing_saves_memory_and_computes_no_product_twice(base, cfg):
+    """Nor does the backward go through layers that do not learn, or the forward keep anything of them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    flops, peak = {}, {}
+    for layers in (0, 1):
+        for checkpointing in (False, True):
+            model = refuel.load_policy(base, replace(cfg, train_layers=layers, activation_checkpointing=checkpointing))
+            step = lambda: pair_logps(model.train(), random_pairs(150)).sum().backward()  # noqa: B023, E731
+            with FlopCounterMode(display=False) as counter:
+                step()
+            flops[layers, checkpointing] = counter.get_total_flops()
+            peak[layers, checkpointing] = peak_bytes("cpu", step)
+    assert flops[0, True] == flops[0, False] and flops[1, True] == flops[1, False] < 0.7 * flops[0, False]
+    assert peak[0, True] < 0.8 * peak[0, False] and peak[1, True] < 0.7 * peak[0, True]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 import importlib.util
 import math
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -267,6 +268,32 @@ def test_answers_depend_on_seeds_and_not_on_the_batch(engine):
     alone = [engine.answer([d])[0][0] for d in reversed(dialogues)][::-1]
     other = [a[0] for a in engine.answer(starts(engine.tokenizer, 6, first=100))]
     assert together == alone and together != other
+
+
+def test_an_engine_that_goes_on_from_its_last_batch_answers_like_one_that_begins_anew(base, model):
+    """Turn by turn, rows leaving and changing places, answers cut; and computes only what is new to it."""
+    engine, anew = (simulator.TransformersEngine(base, 12, 0.8, 256) for _ in range(2))
+    dialogues = starts(engine.tokenizer, 12)
+    for turn in range(1, 5):
+        dialogues = [d for i, d in enumerate(dialogues) if i != turn][::-1]
+        for d in dialogues:
+            d.limit = [3, 12][len(d.messages[0]["content"]) % 2]
+        before, anew.past = Counter(engine.tokens), None
+        answers = engine.answer(dialogues)
+        for d, (ids, truncated, logp), (other, _, other_logp) in zip(dialogues, answers, anew.answer(dialogues)):
+            assert ids == other and logp == pytest.approx(other_logp, abs=1e-5)
+            assert logp == pytest.approx(slow_logp(model, d.ids, ids, 0.8), abs=1e-4)
+        new = [len(d.ids) - (d.spans[-1][1] - 1 if d.spans else 0) for d in dialogues]
+        assert (engine.tokens - before)["prefill"] == len(new) * max(new)
+        for i, (d, answer) in enumerate(zip(dialogues, answers)):
+            d.add_answer(engine.tokenizer, *answer).add_user(engine.tokenizer, ["go on", "something please"][i % 2])
+    assert {cut for d in dialogues for cut in d.truncated} == {False, True}
+    assert engine.tokens["prefill"] < 0.5 * anew.tokens["prefill"]
+    stranger = starts(engine.tokenizer, 1, first=99)  # one that does not go on from the batch: all begin anew
+    one, two = engine.answer([*dialogues, *stranger]), anew.answer([*dialogues, *stranger])
+    assert [a[0] for a in one] == [a[0] for a in two] and engine.past is not None
+    engine.update(simulator.read_weights(base))
+    assert engine.past is None
 
 
 def test_an_engine_samples_the_tempered_softmax(engine, model):

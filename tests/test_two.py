@@ -198,7 +198,7 @@ def test_log_probs_of_dialogues_of_many_lengths_are_those_of_each_alone(model):
     tokenizer = Talker().tokenizer
     some = [Dialogue.start(tokenizer, "go on").add_answer(tokenizer, [7, 2])]
     some.append(some[0].until(1).add_user(tokenizer, "not sure").add_answer(tokenizer, [9, 9, 2]))
-    logp_NH = evaluate.dialogue_logps(model, some, 0.8)
+    logp_NH = evaluate.dialogue_logps(refuel.attend_in_pairs(model), some, 0.8)
     for d, row in zip(some, logp_NH):
         pairs = [refuel.Pair(d.reset(h).ids, d.answer(h), [2], (0, 0), h, h) for h in range(1, len(d.spans) + 1)]
         assert np.allclose(row[: len(d.spans)], row_logps(model, pairs, 0.8)[0].detach(), atol=1e-5)
