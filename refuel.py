@@ -17,6 +17,7 @@ import shutil
 PARENT = os.getppid()  # torchrun, if it started this
 # Read by torch and vLLM when they are imported. One thread a process: several are slower on a small, busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # toy.base_policy has several: they must not spin on a busy machine
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives in this process
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 if not shutil.which("nvidia-smi"):
@@ -131,7 +132,8 @@ SETTINGS = {
         gamma=0.0, penalty=0.0, train_layers=0,  # C.1: Eq. 11 is setting two's, and all layers are trained
         micro_tokens=3072,  # ours: the longest pair has 3,071 tokens; see --plan for the memory
         activation_checkpointing=True, replicas=1,
-        checkpoint_steps=50, snapshot_steps=0, wave=512,
+        checkpoint_steps=50, snapshot_steps=0,
+        wave=64,  # ours: as many as the cache beside the user's part of an 80-GB GPU holds to their end, see --plan
         eval_dialogues=500,  # section 4.2
     ),
     "two": dict(
@@ -453,8 +455,9 @@ def token_logps(model, ids_1T, position_1T, lengths, where_N, target_N, temperat
     """ln pi of the target tokens (N,): the body of a forward, then logits only where they are asked for."""
     if model.config._attn_implementation != "pairs":  # any other attention would pass over `lengths` without a word
         raise RuntimeError("this model does not attend in pairs: attend_in_pairs(model) first")
-    hidden_1TD = model.model(input_ids=ids_1T, position_ids=position_1T, lengths=lengths, use_cache=False).last_hidden_state
-    return SelectedLogps.apply(hidden_1TD[0].index_select(0, where_N), model.lm_head.weight, target_N, temperature)
+    out = model.model(input_ids=ids_1T, position_ids=position_1T, lengths=lengths, use_cache=False)
+    hidden_ND = out.last_hidden_state[0].index_select(0, where_N)
+    return SelectedLogps.apply(hidden_ND, model.lm_head.weight, target_N, temperature)
 
 
 class SelectedLogps(torch.autograd.Function):

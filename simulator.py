@@ -309,10 +309,10 @@ class TransformersEngine(Engine):
         sampler = SeededSampler(seeds, self.temperature)
         with torch.no_grad():
             out = self.model.generate(
-                input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache, return_dict_in_generate=True,
+                input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache,
                 logits_processor=LogitsProcessorList([sampler]),
-                generation_config=GenerationConfig(max_new_tokens=max(limits), do_sample=False,
-                                                   eos_token_id=self.stop, pad_token_id=pad),
+                generation_config=GenerationConfig(max_new_tokens=max(limits), do_sample=False, eos_token_id=self.stop,
+                                                   pad_token_id=pad, return_dict_in_generate=True),
             )  # fmt: skip
         logp_BT = torch.stack(sampler.logps, 1).tolist()
         self.tokens.update(prefill=ids_BT.numel(), decode=len(prompts) * (len(sampler.logps) - 1))

@@ -202,6 +202,8 @@ def base_policy(folder, recipe=RECIPE):
 
     tokenizer = make_tokenizer()
     torch.manual_seed(recipe["seed"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(4, os.cpu_count()))  # other ranks wait for this; the weights are the same bit for bit
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=recipe["hidden"], intermediate_size=256, head_dim=32,
         num_hidden_layers=recipe["layers"], num_attention_heads=3, num_key_value_heads=3,
@@ -231,6 +233,7 @@ def base_policy(folder, recipe=RECIPE):
         schedule.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
+    torch.set_num_threads(threads)
 
     def write(partial):
         model.save_pretrained(partial)

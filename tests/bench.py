@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -456,22 +457,32 @@ def growth_table(found):
 # --- generation -------------------------------------------------------------------------------------------------
 
 
-def needed(pairs):
-    """Tokens that an engine which forgets nothing computes for these pairs (prefill, decode), and the prompts' length.
+class Oracle:
+    """Watches an engine: what it is asked, and what one would compute that never forgets and may look anywhere.
 
-    The last token of each answer is decoded and never fed until the next turn's prefill; a prompt's last token is
-    always computed, the second branch's too."""
-    count = dict(prefill=0, decode=0, prompts=0, turns=0)
-    for p in pairs:
-        for branch, d in enumerate(p.dialogues):
-            at = 0 if branch == 0 else len(p.prefix) - 1
-            for start, end in d.spans[branch * (p.h - 1) :]:
-                count["prompts"] += start
-                count["prefill"] += start - at
-                count["decode"] += end - start - 1
-                count["turns"] += 1
-                at = end - 1
-    return count
+    Of a prompt that is what follows its longest beginning seen before, at least its last token; of an answer all but
+    the last token, which nobody feeds until it stands in a prompt. In `count`: prompts (all of their tokens), prefill
+    and decode (of these what must be computed), turns."""
+
+    def __init__(self, engine):
+        self.generate, self.seen, self.count, self.tokens = engine.generate, {}, Counter(), engine.tokens
+        engine.generate = self
+
+    def learn(self, ids):
+        node, known = self.seen, 0
+        for i in ids:
+            known += i in node
+            node = node.setdefault(i, {})
+        return known
+
+    def __call__(self, prompts, seeds, limits):
+        for ids in prompts:
+            self.count.update(prompts=len(ids), prefill=max(1, len(ids) - self.learn(ids)), turns=1)
+        answers = self.generate(prompts, seeds, limits)
+        for ids, (answer, _, _) in zip(prompts, answers):
+            self.learn([*ids, *answer[:-1]])
+            self.count.update(decode=len(answer) - 1)
+        return answers
 
 
 OPENINGS = ["How do I keep basil alive indoors?", "Why is the sky dark at night?", "Plan a weekend in Lisbon, please.",
@@ -480,10 +491,11 @@ OPENINGS = ["How do I keep basil alive indoors?", "Why is the sky dark at night?
 
 
 def measure_generation(args):
-    """One collection, --pairs prompts, by each engine: tokens computed for each needed one, and their speed.
+    """One iteration's collection, --pairs prompts, by each engine: tokens computed for each needed one, and the speed.
 
-    The toy without --policy; else the checkpoint as policy and user, on openings of this file."""
+    The toy without --policy; else that checkpoint as policy and as user, on openings of this file, and --reward."""
     import data
+    import rewards
     import toy
     from simulator import Dialogue
 
@@ -494,35 +506,53 @@ def measure_generation(args):
         user, reward = toy.Customer(), toy.Reward()
         if args.policy:
             cfg = refuel.replace(cfg, user=path, dataset="bench", max_new_tokens=32, max_length=1024, max_dialogue=1024,
-                                 max_turns=3, max_failures=1.0)  # fmt: skip
-            user, reward = simulator.load_user(cfg), lambda dialogues: [float(len(d.ids)) for d in dialogues]
+                                 max_failures=1.0, reward=args.reward or "toy", reward_tokens=4096)  # fmt: skip
+            user = simulator.load_user(cfg)
+            reward = rewards.load_reward(cfg) if args.reward else lambda dialogues: [float(len(d.ids)) for d in dialogues]
         policy = simulator.load_engine(path, cfg)
         if args.policy:
             prompts = [Dialogue.start(policy.tokenizer, text) for text in (OPENINGS * args.pairs)[: args.pairs]]
         else:
             prompts = data.train_prompts(refuel.replace(cfg, num_prompts=args.pairs), policy.tokenizer, 1)
         refuel.collect(prompts[:2], policy, user, reward, cfg, refuel.np.random.default_rng(9))  # the libraries' start
-        policy.tokens.clear(), getattr(user, "tokens", {}).clear()
-        start, dropped = time.process_time(), refuel.Counter()
+        policy.update(simulator.read_weights(path))  # an iteration begins with an empty cache
+        speakers = {"policy": Oracle(policy)} | ({"user": Oracle(user.ask.engine)} if args.policy else {})
+        for speaker in (policy, *(user.ask.engine for _ in speakers if args.policy), reward):
+            getattr(speaker, "tokens", Counter()).clear()
+        start, dropped = time.process_time(), Counter()
         pairs = refuel.collect(prompts, policy, user, reward, cfg, refuel.np.random.default_rng(0), dropped)
-        seconds = time.process_time() - start
-        rows.append(dict(engine=engine, prompts=len(prompts), dropped=dropped, seconds=seconds,
-                         needed=needed(pairs), policy=dict(policy.tokens), pairs=len(pairs),
-                         user=dict(getattr(user, "tokens", {}))))  # fmt: skip
-        print(rows[-1], file=sys.stderr, flush=True)
+        row = dict(engine=engine, prompts=len(prompts), pairs=len(pairs), seconds=time.process_time() - start, dropped=dropped)
+        whole = [d for p in pairs for d in p.dialogues]
+        turns = sum(len(d.spans) for d in whole)
+        answers = sum(end - start for d in whole for start, end in d.spans)
+        row["a"], row["u"] = answers / turns, sum(d.spans[-1][1] for d in whole) / turns - answers / turns
+        row["law"] = sum(2 * p.H - p.h + 1 for p in pairs), sum(2 * p.H - p.h - 1 for p in pairs)
+        row["speakers"] = {name: dict(needed=oracle.count, computed=Counter(oracle.tokens))
+                           for name, oracle in speakers.items()}  # fmt: skip
+        if args.reward:
+            read = sum(len(rewards.conversation_ids(reward.tokenizer, d.messages)) for d in whole)
+            row["speakers"]["reward"] = dict(needed=dict(prompts=read, prefill=read), computed=Counter(reward.tokens))
+        rows.append(row)
+        print(row, file=sys.stderr, flush=True)
     return dict(rows=rows, model=args.policy and os.path.basename(args.policy) or "toy")
 
 
 def generation_table(found):
-    lines = ["| engine | pairs | turns a pair | prefill: needed, computed, without a cache | decode: needed, computed "
-             "| sampled tokens a CPU second |", "|---" * 6 + "|"]  # fmt: skip
+    """Beside the counts the closed forms of a pair by the law of section 4.2: 5 answers and 3 questions; the policy
+    reads 4u with every prefix cached (one token a turn more, the last sampled one) and 12.3u + 7.3a with none."""
+    lines = ["| engine | speaker | turns a pair | prefill: without a cache | needed | computed | decode: needed | computed "
+             "| sampled tokens a CPU second |", "|---" * 9 + "|"]  # fmt: skip
     for r in found["rows"]:
-        n, p = r["needed"], r["policy"]
-        lines.append(f"| {r['engine']} | {r['pairs']} | {n['turns'] / r['pairs']:.2f} | {n['prefill']}, "
-                     f"{p['prefill']}, {n['prompts']} | {n['decode']}, {p['decode']} | "
-                     f"{(n['decode'] + n['turns']) / r['seconds']:.0f} |")  # fmt: skip
-        if r["user"]:
-            lines.append(f"| {r['engine']}, the user | | | {r['user']} | | |")
+        for name, s in r["speakers"].items():
+            n, c = Counter(s["needed"]), Counter(s["computed"])
+            speed = f"{(n['decode'] + n['turns']) / r['seconds']:.0f}" if name == "policy" else ""
+            lines.append(f"| {r['engine']} | {name} | {n['turns'] / r['pairs']:.2f} | {n['prompts']} | {n['prefill']} | "
+                         f"{c['prefill']} | {n['decode']} | {c['decode']} | {speed} |")  # fmt: skip
+        a, u, n = r["a"], r["u"], r["pairs"]
+        lines.append(f"| {r['engine']} | policy, by the law | 5 | {n * (12.3 * u + 7.3 * a):.0f} | {n * (4 * u + 5):.0f} | | "
+                     f"{n * 5 * (a - 1):.0f} | | |")  # fmt: skip
+        lines.append(f"| | {n} pairs of {r['prompts']} prompts, dropped {dict(r['dropped'])}; a = {a:.1f}, u = {u:.1f}; these "
+                     f"(h, H) ask for {r['law'][0] / n:.2f} answers, {r['law'][1] / n:.2f} questions a pair |" + " |" * 7)
     return lines
 
 
@@ -541,6 +571,7 @@ def main():
     parser.add_argument("--only", nargs="*", default=[], help="layouts by name or first word")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--policy")
+    parser.add_argument("--reward")
     parser.add_argument("--engine")
     parser.add_argument("--out", default=RESULTS)
     args = parser.parse_args()
