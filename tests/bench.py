@@ -1,14 +1,17 @@
 """Speed and memory of one training step, and how it grows, side by side with other layouts of the same work.
 
     python tests/bench.py step                              a Llama with Llama 3's vocabulary, on the CPU: minutes
-    python tests/bench.py step --model 8b --device cuda     bfloat16 on one GPU (also 1b); flex attention beside SDPA
+    python tests/bench.py step --model 8b --device cuda --pairs 8 --micro-tokens 3072 2048 6144 12288
+                                                            bfloat16 on one GPU of 140 GB (1b: 80 GB), a sweep of the
+                                                            tokens a forward, flex attention beside ours
     python tests/bench.py growth                            tokens against time: pairs, prefix, ranks
     python tests/bench.py generation --policy FOLDER        tokens computed for each useful one; the two engines
-    python tests/bench.py lengths SHAREGPT.json --policy FOLDER         how tests/lengths.json was made
+    python tests/bench.py lengths SHAREGPT.json --policy FOLDER
+                                                            how tests/lengths.json was made
 
 Every variant goes through refuel.with_old_logps and refuel.regress; only the layout functions are exchanged, and the
-log-probs of all of them must agree to 1e-4 a token (bfloat16: 1e-1). FLOPs are counted in what ran, as multiples of those
-on unique tokens. Times are medians of repeats in which the variants
+log-probs of all of them must agree to 1e-4 a token (bfloat16: 1e-1). FLOPs of matrix products are counted in what ran, as
+multiples of those with the weights on unique tokens; the share of the matmul rate is of those and attention's. Times are medians of repeats in which the variants
 take turns; on the CPU they are CPU seconds, which a busy neighbour lengthens less than the clock. Memory is the
 high-water mark of torch's own allocations (its CPU memory profiler, or max_memory_allocated) above weights and AdamW's
 state, gradients included. Results go to results/bench.json and, as Markdown, to the terminal.
@@ -108,7 +111,7 @@ def make_model(name, device):
     return model
 
 
-def flops(model, pairs):
+def flops(model, pairs, attention=True):
     """Of a step on unique tokens: one forward for the old log-probs, three for training; every multiply-add of a weight
     by a token that needs it, the head's only at responses, attention's only where a token may look."""
     body = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and p.dim() == 2)
@@ -117,7 +120,7 @@ def flops(model, pairs):
         s, y, y2 = len(p.prefix), len(p.y), len(p.y2)
         seen = s * (s + 1) / 2 + sum(n * s + n * (n + 1) / 2 for n in (y, y2))
         forward += 2 * (body * (s + y + y2) + config.vocab_size * config.hidden_size * (y + y2))
-        forward += 4 * config.num_hidden_layers * config.hidden_size * seen
+        forward += 4 * config.num_hidden_layers * config.hidden_size * seen * attention
     return 4 * forward
 
 
@@ -169,7 +172,8 @@ def dense(rows_of):
 
 def logits_everywhere(model, ids_1T, position_1T, lengths, where_N, target_N, temperature):
     """As refuel.token_logps, but every position is projected onto the vocabulary."""
-    hidden_1TD = model.model(input_ids=ids_1T, position_ids=position_1T, lengths=lengths, use_cache=False).last_hidden_state
+    out = model.model(input_ids=ids_1T, position_ids=position_1T, lengths=lengths, use_cache=False)
+    hidden_1TD = out.last_hidden_state
     others = torch.ones(hidden_1TD.shape[1], dtype=torch.bool, device=ids_1T.device).index_fill(0, where_N, False)
     rows_MD = torch.cat([hidden_1TD[0, where_N], hidden_1TD[0, others]])
     targets_M = F.pad(target_N, (0, len(rows_MD) - len(target_N)))
@@ -216,8 +220,9 @@ def flex_logps(model, ids_1T, position_1T, lengths, where_N, target_N, temperatu
         return (pair_T[q] == pair_T[k]) & (q >= k) & ((branch_T[k] == 0) | (branch_T[k] == branch_T[q]))
 
     block = create_block_mask(sees, None, None, T, T, device=device, _compile=ids_1T.is_cuda)
-    hidden_1TD = model.model(input_ids=ids_1T, attention_mask=block, position_ids=position_1T, use_cache=False).last_hidden_state
-    return refuel.SelectedLogps.apply(hidden_1TD[0].index_select(0, where_N), model.lm_head.weight, target_N, temperature)
+    out = model.model(input_ids=ids_1T, attention_mask=block, position_ids=position_1T, use_cache=False)
+    hidden_ND = out.last_hidden_state[0].index_select(0, where_N)
+    return refuel.SelectedLogps.apply(hidden_ND, model.lm_head.weight, target_N, temperature)
 
 
 refuel_pair_logps = refuel.pair_logps
@@ -325,6 +330,11 @@ def peak_bytes(device, work):
     return most
 
 
+def in_place(sum_ik, a_ij, b_jk, **_):
+    """FLOPs of addmm_, which torch's counter does not know, from shapes."""
+    return 2 * a_ij[0] * a_ij[1] * b_jk[1]
+
+
 def step_cfg(args, more=""):
     """Setting one at a learning rate at which all variants see one policy."""
     flags = f"--setting one --lr 1e-9 --micro-tokens {args.micro_tokens[0]} {more}"
@@ -340,10 +350,11 @@ def measure_step(args):
     variants = dict(VARIANTS)
     if args.device == "cuda":
         variants["flex attention"] = ("flex_attention", dict(token_logps=flex_logps))
+        refuel.PRODUCTS.add(torch.ops.higher_order.flex_attention)  # not to be computed again in the backward either
     run = {name: lambda pairs, how=how: run_step(model, optimizer, pairs, cfg, *how) for name, how in variants.items()}
     for tokens in args.micro_tokens[1:]:
         other = refuel.replace(cfg, micro_tokens=tokens)
-        run[f"ours, forwards of {tokens:,} tokens"] = lambda pairs, other=other: run_step(model, optimizer, pairs, other)
+        run[f"ours, forwards of {tokens:,} tokens"] = lambda pairs, cfg=other: run_step(model, optimizer, pairs, cfg)
     with contextlib.suppress(ImportError):
         import trl
 
@@ -370,9 +381,12 @@ def measure_step(args):
             assert gap < (1e-4 if args.device == "cpu" else 0.1), (name, gap)
     pairs = make_pairs(args.pairs, args.seed, vocabulary, scale)
     for name, step in run.items():
-        with FlopCounterMode(display=False) as counter:
-            rows[name]["peak"] = peak_bytes(args.device, lambda step=step: step(pairs))
-        rows[name]["flops"] = counter.get_total_flops() / flops(model, pairs)
+        part = pairs[:1] if name == "the released layout" else pairs  # pair by pair, each padded to the same length
+        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
+        with contextlib.nullcontext() if "flex" in name else counter:  # compiled: not counted
+            rows[name]["peak"] = peak_bytes(args.device, lambda step=step, part=part: step(part))
+        products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+        rows[name]["flops"] = products * len(pairs) / len(part) / flops(model, pairs, attention=False)
     for row in rows.values():
         row["pairs_per_second"] = args.pairs / statistics.median(row["seconds"])
         row["ours_over_it"] = statistics.median(s / o for s, o in zip(row["seconds"], rows["ours"]["seconds"]))
@@ -491,7 +505,7 @@ OPENINGS = ["How do I keep basil alive indoors?", "Why is the sky dark at night?
 
 
 def measure_generation(args):
-    """One iteration's collection, --pairs prompts, by each engine: tokens computed for each needed one, and the speed.
+    """One iteration's collection, --pairs prompts, by each engine: tokens computed for each needed one, and speed.
 
     The toy without --policy; else that checkpoint as policy and as user, on openings of this file, and --reward."""
     import data
@@ -505,10 +519,11 @@ def measure_generation(args):
         cfg = refuel.read_config(f"--setting toy --policy {path} --engine {engine}".split())
         user, reward = toy.Customer(), toy.Reward()
         if args.policy:
-            cfg = refuel.replace(cfg, user=path, dataset="bench", max_new_tokens=32, max_length=1024, max_dialogue=1024,
-                                 max_failures=1.0, reward=args.reward or "toy", reward_tokens=4096)  # fmt: skip
+            cfg = refuel.replace(cfg, user=path, dataset="bench", max_new_tokens=48, max_length=1024, max_dialogue=1024,
+                                 user_tokens=96, max_failures=1.0, reward=args.reward or "toy", reward_tokens=4096)  # fmt: skip
             user = simulator.load_user(cfg)
-            reward = rewards.load_reward(cfg) if args.reward else lambda dialogues: [float(len(d.ids)) for d in dialogues]
+            reward = lambda dialogues: [float(len(d.ids)) for d in dialogues]  # noqa: E731
+            reward = rewards.load_reward(cfg) if args.reward else reward
         policy = simulator.load_engine(path, cfg)
         if args.policy:
             prompts = [Dialogue.start(policy.tokenizer, text) for text in (OPENINGS * args.pairs)[: args.pairs]]
@@ -521,7 +536,8 @@ def measure_generation(args):
             getattr(speaker, "tokens", Counter()).clear()
         start, dropped = time.process_time(), Counter()
         pairs = refuel.collect(prompts, policy, user, reward, cfg, refuel.np.random.default_rng(0), dropped)
-        row = dict(engine=engine, prompts=len(prompts), pairs=len(pairs), seconds=time.process_time() - start, dropped=dropped)
+        seconds = time.process_time() - start
+        row = dict(engine=engine, prompts=len(prompts), pairs=len(pairs), seconds=seconds, dropped=dropped)
         whole = [d for p in pairs for d in p.dialogues]
         turns = sum(len(d.spans) for d in whole)
         answers = sum(end - start for d in whole for start, end in d.spans)
@@ -549,10 +565,11 @@ def generation_table(found):
             lines.append(f"| {r['engine']} | {name} | {n['turns'] / r['pairs']:.2f} | {n['prompts']} | {n['prefill']} | "
                          f"{c['prefill']} | {n['decode']} | {c['decode']} | {speed} |")  # fmt: skip
         a, u, n = r["a"], r["u"], r["pairs"]
-        lines.append(f"| {r['engine']} | policy, by the law | 5 | {n * (12.3 * u + 7.3 * a):.0f} | {n * (4 * u + 5):.0f} | | "
-                     f"{n * 5 * (a - 1):.0f} | | |")  # fmt: skip
-        lines.append(f"| | {n} pairs of {r['prompts']} prompts, dropped {dict(r['dropped'])}; a = {a:.1f}, u = {u:.1f}; these "
-                     f"(h, H) ask for {r['law'][0] / n:.2f} answers, {r['law'][1] / n:.2f} questions a pair |" + " |" * 7)
+        lines.append(f"| {r['engine']} | policy, by the law | 5 | {n * (12.3 * u + 7.3 * a):.0f} | {n * (4 * u + 5):.0f} | "
+                     f"| {n * 5 * (a - 1):.0f} | | |")  # fmt: skip
+        lines.append(f"| | {n} pairs of {r['prompts']} prompts, dropped {dict(r['dropped'])}; a = {a:.1f}, u = {u:.1f}; "
+                     f"these (h, H) ask for {r['law'][0] / n:.2f} answers, {r['law'][1] / n:.2f} questions a pair |"
+                     + " |" * 7)  # fmt: skip
     return lines
 
 

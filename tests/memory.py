@@ -44,7 +44,7 @@ def measure(path, flags):
     small = os.path.join(path, "small")  # the same once before, so that nothing is imported while it is measured
     model = refuel.load_policy(small, cfg)
     refuel.regress(model, refuel.make_optimizer(model, cfg), random_pairs(4), cfg)
-    pairs = [p._replace(prefix=[7] * 120, y=[8] * 60, y2=[9] * 60) for p in random_pairs(4)]
+    pairs = [p._replace(prefix=[7] * 480, y=[8] * 240, y2=[9] * 240) for p in random_pairs(4)]
     peak = Peak()
     before = peak.read()
     model = refuel.load_policy(path, cfg)
@@ -66,7 +66,7 @@ def main():
     for checkpointing in ("false", "true"):
         flags = f"--setting toy --batch-size 2 --num-prompts 4 --micro-tokens 2048 --activation-checkpointing {checkpointing}"
         found, cfg, ranks = measure(sys.argv[2], flags)
-        planned = plan.trainer(plan.shape(sys.argv[2]), cfg, ranks, ranks, (240, 120), c=4)
+        planned = plan.trainer(plan.shape(sys.argv[2]), cfg, ranks, ranks, (960, 480), c=4)
         if rank() == 0:
             for phase, value in found.items():
                 print(f"| {ranks} | {checkpointing} | {phase} | {value / 2**20:.0f} | {planned[phase] / 2**20:.0f} | "
