@@ -30,8 +30,8 @@ def conversation_ids(tokenizer, messages):
 class RewardModel:
     """A reward model on a causal body: raw scores, read in float32 at the last real token.
 
-    Batches are sorted by length, bounded in tokens and padded on the right, which no real token can see. A conversation
-    of more than max_length tokens gets None; it is never cut, since a torn one would be scored as if it were whole."""
+    Batches are sorted by length, bounded in tokens and padded on the right, by an eighth of a row at most, which no real
+    token can see. A conversation of more than max_length tokens gets None; it is never cut, since a torn one would be scored as if it were whole."""
 
     def __init__(self, path, max_length, tokens=16384):
         import torch
@@ -57,8 +57,9 @@ class RewardModel:
         scores, order = [None] * len(rows), sorted((i for i, ids in enumerate(rows) if self.fits(ids)),
                                                    key=lambda i: len(rows[i]))  # fmt: skip
         while order:  # the longest first: a batch that does not fit the device fails at once
-            n = max(1, self.batch_tokens // len(rows[order[-1]]))
-            batch, order = order[-n:], order[:-n]
+            longest = len(rows[order[-1]])
+            batch = [i for i in order[-max(1, self.batch_tokens // longest) :] if len(rows[i]) >= 7 / 8 * longest]
+            order = order[: -len(batch)]
             for i, score in zip(batch, self.score([rows[i] for i in batch])):
                 scores[i] = score
         return scores

@@ -425,10 +425,11 @@ def timed_steps(model, batches, repeats, base_cfg):
 
 
 def one_rank(args):
-    """This process's part of a step on 16 pairs, under torchrun; rank 0 prints all ranks' seconds."""
-    model = make_model(args.model, args.device)
+    """This process's part of a step on --pairs pairs, under torchrun; rank 0 prints all ranks' seconds."""
+    model = refuel.attend_in_pairs(make_model(args.model, args.device))
     refuel.shard(model)
-    seconds = timed_steps(model, [make_pairs(16, args.seed, model.config.vocab_size)], args.repeats, step_cfg(args))
+    pairs = make_pairs(args.pairs, args.seed, model.config.vocab_size)
+    seconds = timed_steps(model, [pairs], args.repeats, step_cfg(args))
     total = refuel.add_up(torch.tensor(seconds))[0].item()
     if refuel.rank() == 0:
         print(json.dumps(total))
@@ -438,8 +439,8 @@ def measure_growth(args):
     """Seconds of a step for each 1,000 unique tokens: with more pairs, with longer prefixes, on one and two ranks."""
     model = make_model(args.model, args.device)
     words, rows = model.config.vocab_size, []
-    many = make_pairs(8 * args.pairs, args.seed, words)
-    batches = {f"{k} times {args.pairs} pairs": many[: k * args.pairs] for k in (1, 2, 4, 8)}
+    some, many = make_pairs(args.pairs, args.seed, words), make_pairs(8 * args.pairs, args.seed, words)
+    batches = {f"{k} times {args.pairs} pairs": [p._replace(h=p.h) for _ in range(k) for p in some] for k in (1, 2, 4, 8)}
     ends = [p for p in many if max(len(p.y), len(p.y2)) <= 256][: args.pairs]  # with room for the longest prefix
     for length in (128, 512, 1024, 1792):
         ids = [i % words for i in range(length)]
@@ -451,10 +452,10 @@ def measure_growth(args):
     del model
     for ranks in (1, 2) if args.device == "cpu" else ():
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        command += [__file__, "rank", "--model", args.model, "--repeats", str(args.repeats)]
+        command += [__file__, "rank", "--model", args.model, "--repeats", str(args.repeats), "--pairs", str(4 * args.pairs)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=True)
-        batch = make_pairs(16, args.seed, words)
-        rows.append(dict(what=f"16 pairs on {ranks} ranks", tokens=sum(map(refuel.pair_length, batch)),
+        batch = make_pairs(4 * args.pairs, args.seed, words)
+        rows.append(dict(what=f"{len(batch)} pairs on {ranks} ranks", tokens=sum(map(refuel.pair_length, batch)),
                          seconds=json.loads(done.stdout.splitlines()[-1])))  # fmt: skip
     return dict(rows=rows, model=args.model)
 
