@@ -23,8 +23,10 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 
 
 def start(*words, mark, **options):
-    """A python process in the root folder; `mark` is in its environment and in that of all that it starts."""
+    """A python process in the root folder; `mark` is in its environment and in that of all that it starts. It listens to
+    SIGINT, which what a shell starts in the background does not."""
     return subprocess.Popen([sys.executable, *words], cwd=ROOT, start_new_session=True, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                             env=os.environ | {"SERVED_TEST": mark}, **options)  # fmt: skip
 
 
