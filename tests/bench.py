@@ -250,6 +250,7 @@ def exchanged(parts):
 def run_step(model, optimizer, pairs, cfg, attention="pairs", parts={}):
     """Old log-probs, forward, backward, AdamW on one batch; returns the old log-probs (2, B)."""
     refuel.attend_in_pairs(model).set_attn_implementation(attention)
+    refuel.checkpoint_activations(model)  # TRL's trainer, set up on the same model, puts whole layers in its place
     with exchanged(parts):
         old = refuel.with_old_logps(model, pairs, cfg)
         refuel.regress(model, optimizer, old, cfg)
@@ -275,6 +276,7 @@ class Trl:
 
     def step(self, model, optimizer, pairs):
         model.set_attn_implementation("sdpa")
+        refuel.checkpoint_activations(model)
         size, logps = self.trainer.args.per_device_train_batch_size, []
         batches = [self.trainer.data_collator(
             [dict(prompt_ids=p.prefix, chosen_ids=p.y, rejected_ids=p.y2) for p in pairs[i : i + size]])
@@ -382,9 +384,10 @@ def measure_step(args):
     pairs = make_pairs(args.pairs, args.seed, vocabulary, scale)
     for name, step in run.items():
         part = pairs[:1] if name == "the released layout" else pairs  # pair by pair, each padded to the same length
-        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
+        rows[name]["peak"] = peak_bytes(args.device, lambda step=step, part=part: step(part))
+        counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place})  # takes memory itself
         with contextlib.nullcontext() if "flex" in name else counter:  # compiled: not counted
-            rows[name]["peak"] = peak_bytes(args.device, lambda step=step, part=part: step(part))
+            step(part)
         products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
         rows[name]["flops"] = products * len(pairs) / len(part) / flops(model, pairs, attention=False)
     for row in rows.values():
