@@ -7,8 +7,8 @@ A policy is a run's folder (its last iteration), a Hugging Face folder or a hub 
 with the same user and the same random streams, for max_turns turns; the judge compares, at each turn h, the
 conversations' first h turns. Where the data asks its own questions (setting two) a dialogue has as many turns as
 questions, and whole dialogues are compared (section 4.3). A tie counts half. Intervals are 95 % bootstraps over
-dialogues, since the turns of one dialogue are not independent. Judges: the reward model, the toy world's own reward, or a language model that is asked in
-both orders, at an OpenAI-compatible URL (key: OPENAI_API_KEY) or from a checkpoint in this process.
+dialogues, since the turns of one dialogue are not independent. Judges: the reward model, the toy world's own reward, or
+a language model that is asked in both orders, at an OpenAI-compatible URL (key: OPENAI_API_KEY) or from a checkpoint in this process.
 
 Dimension key: N dialogues, H turns.
 """

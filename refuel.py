@@ -130,7 +130,7 @@ SETTINGS = {
         max_dialogue=2048,  # sections 4.2 and C.4
         eta=1e3, lr=3e-7, warmup=0.1, weight_decay=1e-6, batch_size=128, epochs=1,  # the released README; C.3
         gamma=0.0, penalty=0.0, train_layers=0,  # C.1: Eq. 11 is setting two's, and all layers are trained
-        micro_tokens=3072,  # ours: the longest pair has 3,071 tokens; see --plan for the memory
+        micro_tokens=3072,  # ours: no pair is longer (2,048 and another answer); see --plan for the memory
         activation_checkpointing=True, replicas=1,
         checkpoint_steps=50, snapshot_steps=0,
         wave=64,  # ours: as many as the cache beside the user's part of an 80-GB GPU holds to their end, see --plan
@@ -353,8 +353,8 @@ def learning_rate(cfg, t, progress):
 
 def make_optimizer(model, cfg):
     """AdamW as released. Eq. 1's gradient is 1/eta^2 of the released loss's; Adam divides that out again but for its
-    epsilon, which is scaled with it (eta = 1000 would otherwise leave most of the update to epsilon). fused: one pass over
-    the weights instead of a dozen, a tenth of the time on a CPU."""
+    epsilon, which is scaled with it (eta = 1000 would otherwise leave most of the update to epsilon). fused: one pass
+    over the weights instead of a dozen, a tenth of the time on a CPU."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(parameters, cfg.lr, (0.9, 0.95), 1e-8 / cfg.eta**2, cfg.weight_decay, fused=True)
 

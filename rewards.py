@@ -31,7 +31,8 @@ class RewardModel:
     """A reward model on a causal body: raw scores, read in float32 at the last real token.
 
     Batches are sorted by length, bounded in tokens and padded on the right, by an eighth of a row at most, which no real
-    token can see. A conversation of more than max_length tokens gets None; it is never cut, since a torn one would be scored as if it were whole."""
+    token can see. A conversation of more than max_length tokens gets None; it is never cut, since a torn one would be
+    scored as if it were whole."""
 
     def __init__(self, path, max_length, tokens=16384):
         import torch

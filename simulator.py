@@ -338,14 +338,14 @@ class TransformersEngine(Engine):
         if not all(found) or any(type(layer) is not DynamicLayer for layer in cache.layers):
             return [0] * len(prompts), torch.zeros(len(prompts), 0, dtype=torch.long, device=self.device), None
         index_B = torch.tensor([rows[tuple(ids)] for ids in found], device=self.device)
-        held = list(map(len, found))
-        column_BT = mask_BT[index_B].argsort(dim=1, stable=True)[:, -max(held) :]  # what is padding goes to the left
+        held, held_BT = list(map(len, found)), mask_BT[index_B]
+        column_BT = held_BT.argsort(dim=1, stable=True)[:, -max(held) :]  # what is padding goes to the left
         for layer in cache.layers:
             for name in ("keys", "values"):
                 old = getattr(layer, name)
                 where = column_BT[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3])
                 setattr(layer, name, old[index_B].gather(2, where))
-        return held, mask_BT[index_B].gather(1, column_BT), cache
+        return held, held_BT.gather(1, column_BT), cache
 
     def sleep(self):
         self.past = None

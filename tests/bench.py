@@ -141,6 +141,11 @@ def one_pair_a_row(lengths):
     return [[i] for i in range(len(lengths))]
 
 
+def whose(lengths):
+    """(2, T): the pair of each token of pack's row, and 0, 1 or 2 for its prefix, y or y'."""
+    return torch.tensor([(i, b) for i, pair in enumerate(lengths) for b in range(3) for _ in range(pair[b])]).T
+
+
 def dense(rows_of):
     """Pairs in rows that are padded to the longest of them, under a mask of each row; rows_of(lengths): which in which."""
 
@@ -150,9 +155,8 @@ def dense(rows_of):
         ids_RT, position_RT, pair_RT, branch_RT, where_N, target_N, owner_N = ([] for _ in range(7))
         for r, row in enumerate(rows):
             ids_1T, position_1T, lengths, where, target, owner = refuel.pack([pairs[i] for i in row])
-            who = torch.tensor([(i, b) for i, pair in enumerate(lengths) for b in range(3) for _ in range(pair[b])])
             for rows_T, x, fill in zip((ids_RT, position_RT, pair_RT, branch_RT),
-                                       (ids_1T[0], position_1T[0], *who.T), (0, 0, -1, 0)):  # fmt: skip
+                                       (ids_1T[0], position_1T[0], *whose(lengths)), (0, 0, -1, 0)):  # fmt: skip
                 rows_T.append(F.pad(x, (0, T - len(x)), value=fill))
             where_N.append(where + r * T), target_N.append(target)
             owner_N.append(torch.tensor(row + [len(pairs) + i for i in row])[owner])
@@ -213,8 +217,7 @@ def flex_logps(model, ids_1T, position_1T, lengths, where_N, target_N, temperatu
     from torch.nn.attention.flex_attention import create_block_mask
 
     T, device = ids_1T.shape[1], ids_1T.device
-    pair_T, branch_T = torch.tensor([(i, b) for i, pair in enumerate(lengths) for b in range(3)
-                                     for _ in range(pair[b])], device=device).T  # fmt: skip
+    pair_T, branch_T = whose(lengths).to(device)
 
     def sees(b, h, q, k):
         return (pair_T[q] == pair_T[k]) & (q >= k) & ((branch_T[k] == 0) | (branch_T[k] == branch_T[q]))

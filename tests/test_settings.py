@@ -182,6 +182,13 @@ def test_a_score_does_not_depend_on_the_batch(name, load, request):
     assert torch.tensor(many).allclose(torch.tensor(alone), atol=1e-5)
 
 
+def test_a_batch_is_padded_by_an_eighth_of_a_row_at_most(fsfairx, load, llama3):
+    reward = load(fsfairx)
+    lengths = [len(rewards.conversation_ids(llama3, d.messages)) for d in talks()]
+    reward(talks())
+    assert max(lengths) > 2 * min(lengths) and sum(lengths) <= reward.tokens["prefill"] <= 8 / 7 * sum(lengths)
+
+
 @pytest.mark.parametrize("name", ["armo", "fsfairx"])
 def test_a_conversation_that_is_too_long_is_none_and_never_cut(name, load, request):
     reward = load(request.getfixturevalue(name))
