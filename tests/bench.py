@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -228,6 +229,15 @@ def flex_logps(model, ids_1T, position_1T, lengths, where_N, target_N, temperatu
     return refuel.SelectedLogps.apply(hidden_ND, model.lm_head.weight, target_N, temperature)
 
 
+def nothing_again(model):
+    model.gradient_checkpointing_disable()
+
+
+def whole_layers_again(model):
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.disable_input_require_grads()
+
+
 refuel_pair_logps = refuel.pair_logps
 VARIANTS = {  # whose attention, and what of refuel is exchanged
     "ours": ("pairs", {}),
@@ -236,6 +246,8 @@ VARIANTS = {  # whose attention, and what of refuel is exchanged
     "with a mask of the whole row": ("sdpa", dict(pair_logps=dense(one_row))),
     "logits at every position": ("pairs", dict(token_logps=logits_everywhere)),
     "logits in one piece": ("pairs", dict(SelectedLogps=InOnePiece)),
+    "no activation computed again": ("pairs", dict(checkpoint_activations=nothing_again)),
+    "whole layers computed again": ("pairs", dict(checkpoint_activations=whole_layers_again)),
     "the released layout": ("sdpa", dict(pair_logps=padded, micro_batches=one_by_one)),
 }
 
@@ -253,15 +265,17 @@ def exchanged(parts):
 def run_step(model, optimizer, pairs, cfg, attention="pairs", parts={}):
     """Old log-probs, forward, backward, AdamW on one batch; returns the old log-probs (2, B)."""
     refuel.attend_in_pairs(model).set_attn_implementation(attention)
-    refuel.checkpoint_activations(model)  # TRL's trainer, set up on the same model, puts whole layers in its place
     with exchanged(parts):
+        refuel.checkpoint_activations(model)  # each time: TRL's trainer has its own way with the same model
         old = refuel.with_old_logps(model, pairs, cfg)
         refuel.regress(model, optimizer, old, cfg)
     return torch.tensor([p.logps for p in old]).T
 
 
 class Trl:
-    """TRL's DPO step on the same ids: reference log-probs by the policy itself before it moves, then training_step."""
+    """TRL's DPO step on the same ids: reference log-probs by the policy itself before it moves, then training_step.
+
+    As TRL comes, whole layers are computed again in the backward; its default batch of 8 pairs would be one here."""
 
     def __init__(self, model):
         os.environ["TQDM_DISABLE"] = "1"
@@ -272,15 +286,15 @@ class Trl:
         words = {"prompt": ["something red"] * 4, "chosen": ["go on"] * 4, "rejected": ["not sure"] * 4}
         cuda = model.lm_head.weight.is_cuda
         options = DPOConfig(output_dir=os.path.join("runs", "trl"), precompute_ref_log_probs=True, max_length=2048,
-                            per_device_train_batch_size=2, gradient_checkpointing=False, bf16=cuda, use_cpu=not cuda,
+                            gradient_checkpointing=True, bf16=cuda, use_cpu=not cuda,
                             report_to=[])  # fmt: skip
         self.trainer = DPOTrainer(model, args=options, train_dataset=Dataset.from_dict(words),
                                   processing_class=toy.make_tokenizer())  # fmt: skip
 
-    def step(self, model, optimizer, pairs):
+    def step(self, model, optimizer, pairs, size):
         model.set_attn_implementation("sdpa")
-        refuel.checkpoint_activations(model)
-        size, logps = self.trainer.args.per_device_train_batch_size, []
+        whole_layers_again(model)
+        logps = []
         batches = [self.trainer.data_collator(
             [dict(prompt_ids=p.prefix, chosen_ids=p.y, rejected_ids=p.y2) for p in pairs[i : i + size]])
             for i in range(0, len(pairs), size)]  # fmt: skip
@@ -364,7 +378,8 @@ def measure_step(args):
         import trl
 
         other = Trl(model)
-        run[f"TRL {trl.__version__}'s DPO"] = lambda pairs: other.step(model, optimizer, pairs)
+        for size in (1, 2, 4):
+            run[f"TRL {trl.__version__}'s DPO, {size} a batch"] = partial(other.step, model, optimizer, size=size)
     run = {name: f for name, f in run.items() if not args.only or name in args.only or name.split()[0] in args.only}
     vocabulary, scale = model.config.vocab_size, 0.05 if args.model == "tiny" else 1.0
     run_step(model, optimizer, make_pairs(1, 10**6, vocabulary, scale), cfg)  # AdamW's state, the libraries' start
