@@ -16,7 +16,8 @@ from collections import Counter
 from functools import partial
 from typing import Callable, NamedTuple
 
-import refuel  # first: it sets what torch and vLLM read when they are imported
+# first: processes.py sets what torch and vLLM read when they are imported
+from processes import one_line, open_run, prepare, start_processes
 
 import numpy as np
 import torch
@@ -24,9 +25,10 @@ import torch.nn.functional as F
 
 import data
 import evaluate
-import simulator
+import files
+import refuel
+from files import BadInput, barrier, rank, world
 from refuel import from_the_start, refuel_loss
-from simulator import BadInput, barrier, rank, world
 
 # ---------------------------------------------------------------------------------------------------------------
 # Losses: of (logp_2B, old_logp_2B, reward_2B, eta), the mean over B pairs
@@ -129,7 +131,8 @@ def train(method, cfg, speakers=None):
 # ---------------------------------------------------------------------------------------------------------------
 
 GRID = {"lr": (1e-4,), "eta": (10.0, 30.0)}  # --grid plays it
-BEST = {"toy": dict.fromkeys(("rebel-lt-offline", "dpo-lt-offline", "dpo-lt-online"), {"eta": 10.0})}  # else the setting's
+# else the setting's own
+BEST = {"toy": dict.fromkeys(("rebel-lt-offline", "dpo-lt-offline", "dpo-lt-online"), {"eta": 10.0})}
 SNAPSHOTS = {"toy": 32}  # steps between the points of Figure 2
 
 PAPER = {  # Table 1: h = 1..5, average
@@ -161,7 +164,7 @@ def rows(results, cfg):
     """results.json's rows with what Table 1 has beside: weighted average, pairs, minutes, the paper's row."""
     for method, row in results.items():
         if method in METHODS:
-            log = simulator.read_lines(os.path.join(cfg.out, method, "metrics.jsonl"))
+            log = files.read_lines(os.path.join(cfg.out, method, "metrics.jsonl"))
             collected = [r for r in log if r["phase"] == "collect"]
             last = {r["iteration"]: r["seconds"] for r in log if r["phase"] == "regress"}
             row["pairs"] = sum(r["pairs"] for r in collected)
@@ -209,7 +212,7 @@ def curves(methods, cfg, speakers):
     few = refuel.replace(cfg, eval_dialogues=min(250, cfg.eval_dialogues))
     found, places = {}, {}
     for method in methods:
-        log, done = simulator.read_lines(os.path.join(cfg.out, method, "metrics.jsonl")), 0
+        log, done = files.read_lines(os.path.join(cfg.out, method, "metrics.jsonl")), 0
         steps_of = Counter(r["iteration"] for r in log if r["phase"] == "regress")
         for t in range(1, cfg.iterations + 1):
             folder = os.path.join(cfg.out, method, f"iter_{t}")
@@ -254,7 +257,7 @@ def draw(results, curve, path):
     if curve:
         axes[0, -1].set(xlabel="steps", ylabel="average win rate, %", title="win rate against steps")
         axes[0, -1].legend(frameon=False, fontsize=7)
-    with simulator.writing(path) as partial:
+    with files.writing(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
     plt.close(figure)
 
@@ -294,9 +297,9 @@ def run(methods, cfg):
         text += ("\nWin rate against base in %, ties half, 95 % bootstrap intervals over "
                  f"{results['base']['dialogues']} dialogues, the paper's Table 1 in brackets; weighted: by the offline "
                  "data's shares of lengths, 76.9, 12.1, 6.4, 3.2 and 1.4 %; reward: mean over the turns.\n")  # fmt: skip
-        simulator.write_file(os.path.join(cfg.out, "table.md"), text)
-        simulator.write_file(os.path.join(cfg.out, "results.json"), json.dumps(results, indent=1))
-        simulator.write_file(os.path.join(cfg.out, "curve.json"), json.dumps(curve))
+        files.write_file(os.path.join(cfg.out, "table.md"), text)
+        files.write_file(os.path.join(cfg.out, "results.json"), json.dumps(results, indent=1))
+        files.write_file(os.path.join(cfg.out, "curve.json"), json.dumps(curve))
         draw(results, curve, os.path.join(cfg.out, "figure.png"))
         print(f"\n{text}\n{os.path.join(cfg.out, 'figure.png')}", flush=True)
     barrier()
@@ -318,7 +321,7 @@ def search(methods, cfg):
             out = os.path.join(cfg.out, method, f"lr_{lr}_eta_{eta}")
             own = refuel.replace(cfg, out=out, lr=lr, eta=eta, iterations=1)
             shared = os.path.join(cfg.out, "pairs", method.split("-", 1)[-1])  # lt-mixed of rebel-lt-mixed
-            refuel.open_run(own)
+            open_run(own)
             if rank() == 0 and os.path.isdir(shared):
                 shutil.copytree(shared, os.path.join(out, "iter_1"), dirs_exist_ok=True)
             barrier()
@@ -334,24 +337,24 @@ def search(methods, cfg):
         cells = [f"**{a:.1f}**" if a == max(averages) else f"{a:.1f}" for a in averages]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     if rank() == 0:
-        simulator.write_file(os.path.join(cfg.out, "grid.md"), "\n".join(lines) + "\n")
+        files.write_file(os.path.join(cfg.out, "grid.md"), "\n".join(lines) + "\n")
         print("\n" + "\n".join(lines), flush=True)
 
 
 def main(argv=None):
-    with refuel.one_line("baselines.py"):
+    with one_line("baselines.py"):
         flags = dict(method=dict(required=True), grid=dict(action="store_true"))
         cfg, extra = refuel.read_config(argv, __doc__, **flags)
         methods = choose(extra["method"])
         if cfg.out == refuel.SETTINGS[cfg.setting]["out"]:
             cfg = refuel.replace(cfg, out=os.path.join("runs", f"{cfg.setting}_baselines"))
-        refuel.start_processes()
-        cfg = refuel.prepare(cfg)
-        refuel.open_run(cfg)
+        start_processes()
+        cfg = prepare(cfg)
+        open_run(cfg)
         if extra["grid"]:
             return search(methods, cfg)
         for method in methods:
-            refuel.open_run(refuel.prepare(method_config(method, cfg)))
+            open_run(prepare(method_config(method, cfg)))
         _, failed = run(methods, cfg)
         for method, error in failed.items():
             print(f"baselines.py: {method}: {error}", file=sys.stderr)

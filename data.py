@@ -12,8 +12,8 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
-from simulator import (BadInput, Dialogue, Prompt, checked, encode, end_token, load_tokenizer, rank, seed_for,
-                       template_pieces)  # fmt: skip
+from files import BadInput, rank
+from simulator import Dialogue, Prompt, checked, encode, end_token, load_tokenizer, seed_for, template_pieces
 
 
 def train_prompts(cfg, tokenizer, t):

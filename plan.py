@@ -9,7 +9,7 @@ The engines' shares of a GPU that a run really uses are computed here as well (`
 import os
 from typing import NamedTuple
 
-from simulator import BadInput, read_json
+from files import BadInput, read_json, world
 
 FLAGS = {  # of --plan; rates: an H100's data sheet, and FACTS seen elsewhere (README)
     "plan": dict(action="store_true"),
@@ -191,8 +191,6 @@ def tensor_parallel(m, gpus):
 def share(cfg, name):
     """vLLM's gpu_memory_utilization of this run's engine, "policy" or "user"."""
     import torch
-
-    from simulator import world
 
     gpus, total = torch.cuda.device_count(), torch.cuda.get_device_properties(0).total_memory
     return engines(cfg, gpus, -(-world() // gpus), total)[name] / total

@@ -1,4 +1,4 @@
-"""REFUEL: REgressing the RELative FUturE, Algorithm 1 of the paper, and below it the processes that run it.
+"""REFUEL: REgressing the RELative FUturE, Algorithm 1 of the paper, and below it how a stopped run goes on.
 
     python refuel.py --setting toy                                  a laptop, minutes
     torchrun --nproc_per_node 2 refuel.py --setting toy             the same on two processes
@@ -8,49 +8,38 @@
 The policy talks with a user (roll-in), the conversation is reset to a turn h and continued a second time, and the
 policy is fitted so that its log-ratio explains the difference of the two conversations' rewards (Eq. 1).
 
-Dimension key: B pairs, T tokens of packed pairs, V vocabulary, D hidden size, H turns, N response tokens; a leading 2
-is the pair (y, y').
+Dimension key: B pairs of a batch, N pairs of an iteration, H turns; a leading 2 is the pair (y, y').
 """
-import os
-import shutil
-
-PARENT = os.getppid()  # torchrun, if it started this
-# Read by torch and vLLM when they are imported. One thread a process: several are slower on a small, busy machine.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # toy.base_policy has several: they must not spin on a busy machine
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives in this process
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-if not shutil.which("nvidia-smi"):
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # vLLM's CPU engine would compile for minutes
+# first: processes.py sets what torch and vLLM read when they are imported
+from processes import log, log_data, one_line, open_run, prepare, start_processes
 
 import argparse
-import contextlib
-import ctypes
 import glob
-import json
 import math
-import signal
-import sys
+import os
+import shutil
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
 from functools import partial
-from types import MethodType
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
 import data
+import engines
+import files
 import plan
 import rewards
 import simulator
-from simulator import BadInput, Dialogue, barrier, in_waves, rank, rollout, world
+from files import BadInput, barrier, in_waves, rank, world
+from fsdp import (add_up, exchanged, full_weights, gradient_norm, learned_weights, load_policy, load_training,
+                  read_slices, remove_training, save_policy, save_training)  # fmt: skip
+from packing import pair_length, pair_logps
+from simulator import Dialogue, rollout
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # The inputs of Algorithm 1
@@ -100,6 +89,7 @@ class Config:
     checkpoint_steps: int  # steps (setting two: updates) between two saved training states
     snapshot_steps: int  # steps between two policies kept for Figure 2; 0: none
     wave: int  # dialogues that an engine plays at once: the unit of work, of seeds and of resuming
+    eval_wave: int  # the same of the evaluation
     eval_dialogues: int  # section 4.2: 500; more here, since one turn's interval is 4.4 points wide at 500
 
 
@@ -110,8 +100,8 @@ SETTINGS = {
         user_model="", user_temperature=0.8, user_tokens=64, max_failures=0.05, reward_tokens=256, max_dialogue=256,
         iterations=2, num_prompts=2048, policy_every=0, max_turns=5, max_new_tokens=16, max_length=256, temperature=1.0,
         eta=30.0, gamma=0.0, penalty=0.0, train_layers=0, lr=1e-4, warmup=0.1, weight_decay=1e-6, batch_size=32,
-        epochs=1, micro_tokens=4096,
-        activation_checkpointing=False, replicas=1, checkpoint_steps=50, snapshot_steps=0, wave=512, eval_dialogues=1000,
+        epochs=1, micro_tokens=4096, activation_checkpointing=False, replicas=1, checkpoint_steps=50, snapshot_steps=0,
+        wave=512, eval_wave=512, eval_dialogues=1000,
     ),
     "one": dict(
         policy="meta-llama/Meta-Llama-3-8B-Instruct",  # section 4.2; the reference is pi_1 itself
@@ -133,7 +123,8 @@ SETTINGS = {
         micro_tokens=3072,  # ours: no pair is longer (2,048 and another answer); see --plan for the memory
         activation_checkpointing=True, replicas=1,
         checkpoint_steps=50, snapshot_steps=0,
-        wave=64,  # ours: as many as the cache beside the user's part of an 80-GB GPU holds to their end, see --plan
+        # ours: as many as the cache beside the user's part of an 80-GB GPU holds to their end, see --plan
+        wave=64, eval_wave=64,
         eval_dialogues=500,  # section 4.2
     ),
     "two": dict(
@@ -155,7 +146,7 @@ SETTINGS = {
         gamma=0.0, penalty=-4.0,  # the released README for UltraInteract
         train_layers=4,  # C.1
         warmup=0.0, micro_tokens=8192, activation_checkpointing=True, replicas=1, snapshot_steps=0,
-        wave=4,  # ours: 8 ranks share 32 prompts
+        wave=4, eval_wave=64,  # ours: 8 ranks share 32 prompts, and 500 in the evaluation
         eval_dialogues=500,  # section 4.3
     ),
 }  # fmt: skip
@@ -288,8 +279,8 @@ def regress(model, optimizer, pairs, cfg, loss_fn=refuel_loss, first_step=0, aft
         norm = gradient_norm(model)
         metrics = read_sums(add_up(sums)) | {"gradient_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
         if not math.isfinite(metrics["loss"] + norm):
-            raise BadInput(f"step {step}: loss {metrics['loss']}, gradient norm {norm}; the weights are those before it; "
-                           + blame(model, pairs, batch, cfg, loss_fn))  # fmt: skip
+            raise BadInput(f"step {step}: loss {metrics['loss']}, gradient norm {norm}; the weights are those before "
+                           f"it; {blame(model, pairs, batch, cfg, loss_fn)}")  # fmt: skip
         optimizer.step()
         optimizer.zero_grad()
         tokens = sum(pair_length(pairs[i]) for i in batch)
@@ -305,7 +296,7 @@ def train(cfg, speakers=None, prompts_of=data.train_prompts, collect=collect, lo
     The baselines are this loop with other prompts, another collect, another loss. In setting two an iteration is a
     small update, and all of them are one training with one optimiser. Returns the speakers (policy's engine, user,
     reward), which live on: an engine is started once."""
-    pi_1, stale = simulator.find_checkpoint(cfg.policy), speakers is not None
+    pi_1, stale = files.find_checkpoint(cfg.policy), speakers is not None
     policy, user, reward = speakers = speakers or load_speakers(pi_1, cfg)
     model = load_policy(pi_1, cfg)
     pi_0 = {name: p.clone() for name, p in learned_weights(model).items()} if cfg.gamma else None
@@ -331,7 +322,7 @@ def train(cfg, speakers=None, prompts_of=data.train_prompts, collect=collect, lo
 
 def load_speakers(path, cfg):
     user = simulator.load_user(cfg)  # first: a server that does not start is found before a model is loaded
-    return simulator.load_engine(path, cfg), user, rewards.load_reward(cfg)
+    return engines.load_engine(path, cfg), user, rewards.load_reward(cfg)
 
 
 def batches(n, cfg):
@@ -380,136 +371,8 @@ def read_sums(sums):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# ln pi(y_h | s_h) for both of a pair: the prefix once, pairs in one row
+# Which pairs share a forward, and ln pi_t by the same forwards
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def pair_logps(model, pairs, temperature=1.0):
-    """ln pi(y|s) and ln pi(y'|s), summed over each response's tokens: (2, B) float32, differentiable.
-
-    All pairs lie behind each other in one row, each as [s_h, y, y'] with y' blind to y and its positions restarted
-    behind the prefix: the prefix is computed once and nothing is padded. Logits are those of softmax at the sampling
-    temperature. Equal to a forward for each response alone."""
-    forward = getattr(model, "token_logps", None) or partial(token_logps, model)
-    *packed, owner_N = pack(pairs, next(model.parameters()).device)
-    logp_N = forward(*packed, temperature)
-    return torch.zeros(2 * len(pairs), device=logp_N.device).index_add(0, owner_N, logp_N).view(2, -1)
-
-
-def pair_length(pair):
-    return len(pair.prefix) + len(pair.y) + len(pair.y2)
-
-
-def pack(pairs, device="cpu"):
-    """Token ids and positions of the row, the lengths of its pieces, and where the responses' tokens are.
-
-    Returns ids_1T, position_1T, lengths [(of s_h, of y, of y') of each pair], where_N (the position whose hidden state
-    predicts the token), target_N (the token), owner_N (0..B-1 for y, B..2B-1 for y').
-
-    >>> ids, position, lengths, where, target, owner = pack([Pair([5, 6], [7], [8, 9], (0, 0), 1, 1)])
-    >>> ids, position, lengths, where, target, owner          # tensors as lists
-    [[5, 6, 7, 8, 9]], [[0, 1, 2, 2, 3]], [(2, 1, 2)], [1, 1, 3], [7, 8, 9], [0, 1, 1]
-    """
-    ids, position, lengths, where, target, owner = ([] for _ in range(6))
-    for i, pair in enumerate(pairs):
-        s, y, y2 = lengths_i = len(pair.prefix), len(pair.y), len(pair.y2)
-        last = len(ids) + s - 1  # the prefix's last token predicts the first token of both responses
-        ids += pair.prefix + pair.y + pair.y2
-        position += [*range(s + y), *range(s, s + y2)]
-        lengths.append(lengths_i)
-        where += [last + k for k in range(y)] + [last] * bool(y2) + [last + y + k for k in range(1, y2)]
-        target += pair.y + pair.y2
-        owner += [i] * y + [len(pairs) + i] * y2
-    ids_T, position_T, *rest = (torch.tensor(x, device=device) for x in (ids, position, where, target, owner))
-    return ids_T[None], position_T[None], lengths, *rest
-
-
-def attend_in_pairs(model):
-    """The transformers model, with pair_attention as its attention."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register("pairs", pair_attention)
-    model.set_attn_implementation("pairs")
-    return model
-
-
-def pair_attention(module, query, key, value, attention_mask, lengths, scaling=None, dropout=0.0, **kwargs):
-    """Attention of pack's row, (1, heads, T, head_dim): each pair for itself, [s_h, y] causal, y' on s_h and causal on
-    itself. Nothing is computed that nobody looks at, and no mask of the whole row exists."""
-    attend = partial(scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
-    groups = query.shape[1] // key.shape[1]  # query heads for each key-value head
-    pieces = [n for s, y, y2 in lengths for n in (s + y, y2)]
-    q, k, v = (x.split(pieces, dim=2) for x in (query, key, value))
-    out = []
-    for i, (s, _, y2) in enumerate(lengths):
-        first, twin = 2 * i, 2 * i + 1
-        out.append(attend(q[first], k[first], v[first], is_causal=True, enable_gqa=groups > 1))
-        if y2:
-            seen = (torch.cat([x[first][:, :, :s], x[twin]], dim=2).repeat_interleave(groups, dim=1) for x in (k, v))
-            mask = torch.ones(y2, s + y2, dtype=torch.bool, device=query.device).tril(s)
-            out.append(attend(q[twin], *seen, attn_mask=mask))  # no fused kernel has a mask and shares heads
-    return torch.cat(out, dim=2).transpose(1, 2), None
-
-
-def token_logps(model, ids_1T, position_1T, lengths, where_N, target_N, temperature):
-    """ln pi of the target tokens (N,): the body of a forward, then logits only where they are asked for."""
-    if model.config._attn_implementation != "pairs":  # any other attention would pass over `lengths` without a word
-        raise RuntimeError("this model does not attend in pairs: attend_in_pairs(model) first")
-    out = model.model(input_ids=ids_1T, position_ids=position_1T, lengths=lengths, use_cache=False)
-    hidden_ND = out.last_hidden_state[0].index_select(0, where_N)
-    return SelectedLogps.apply(hidden_ND, model.lm_head.weight, target_N, temperature)
-
-
-class SelectedLogps(torch.autograd.Function):
-    """log_softmax(hidden @ weight.T / temperature)[target], in float32, a block of tokens by words at a time.
-
-    Keeps the log-sum-exp of each token and computes the logits again in backward, so that no (N, V) tensor lives. A
-    block of logits and the words' part of the weight stay in a processor's cache (8 MB, the best of nine sizes tried); a
-    GPU's block (128 MB) is a size at which starting its kernels is no part of their time, by arithmetic."""
-
-    BLOCK = {"cpu": (1024, 2048), "cuda": (1024, 32768)}  # tokens, words
-
-    @staticmethod
-    def blocks(hidden_ND, weight_VD, target_N, temperature):
-        """(tokens c, words w, their logits, each token's target as a column of them, whether it lies among them)."""
-        tokens, words = SelectedLogps.BLOCK[hidden_ND.device.type]
-        for v in range(0, len(weight_VD), words):
-            for i in range(0, len(target_N), tokens):
-                c, w = slice(i, i + tokens), slice(v, v + words)
-                logits_cw = (hidden_ND[c] @ weight_VD[w].T).float().div_(temperature)
-                column_c = (target_N[c] - v).clamp(0, logits_cw.shape[1] - 1)
-                yield c, w, logits_cw, column_c[:, None], (column_c + v == target_N[c]).float()
-
-    @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, target_N, temperature):
-        target_logit_N = hidden_ND.new_zeros(len(target_N), dtype=torch.float32)
-        lse_N = torch.full_like(target_logit_N, -torch.inf)
-        for c, _, logits_cw, column_c1, inside_c in SelectedLogps.blocks(hidden_ND, weight_VD, target_N, temperature):
-            target_logit_N[c] += inside_c * logits_cw.gather(1, column_c1)[:, 0]
-            lse_N[c] = torch.logaddexp(lse_N[c], logits_cw.logsumexp(-1))
-        ctx.save_for_backward(hidden_ND, weight_VD, target_N, lse_N)
-        ctx.temperature = temperature
-        return target_logit_N - lse_N
-
-    @staticmethod
-    def backward(ctx, grad_N):
-        hidden_ND, weight_VD, target_N, lse_N = ctx.saved_tensors
-        learns = ctx.needs_input_grad[1]  # setting two leaves the head as it is
-        grad_hidden_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if learns else None
-        for c, w, logits_cw, column_c1, inside_c in SelectedLogps.blocks(*ctx.saved_tensors[:3], ctx.temperature):
-            p_cw = logits_cw.sub_(lse_N[c, None]).exp_()
-            grad_cw = p_cw.neg_().scatter_add_(1, column_c1, inside_c[:, None])
-            grad_cw = grad_cw.mul_(grad_N[c, None] / ctx.temperature).to(hidden_ND.dtype)
-            add_product(grad_hidden_ND[c], grad_cw, weight_VD[w])
-            if learns:
-                add_product(grad_weight_VD[w], grad_cw.T, hidden_ND[c])
-        return grad_hidden_ND.to(hidden_ND.dtype), grad_weight_VD.to(weight_VD.dtype) if learns else None, None, None
-
-
-def add_product(sum_ik, a_ij, b_jk):
-    """sum += a @ b, in place where the types allow it."""
-    sum_ik.addmm_(a_ij, b_jk) if a_ij.dtype == sum_ik.dtype else sum_ik.add_(a_ij @ b_jk)
 
 
 def micro_batches(pairs, tokens):
@@ -561,12 +424,12 @@ def kept_logps(folder, model, pairs, cfg):
     for start in range(0, len(pairs), size):
         path, lot = os.path.join(folder, f"{start:08d}.jsonl"), pairs[start : start + size]
         if os.path.exists(path):  # or not, on all ranks alike: it is written after all of them have been here
-            done += [p._replace(logps=tuple(row)) for p, row in zip(lot, simulator.read_lines(path), strict=True)]
+            done += [p._replace(logps=tuple(row)) for p, row in zip(lot, files.read_lines(path), strict=True)]
             continue
         done += (lot := with_old_logps(model, lot, cfg))
         if rank() == 0:
             os.makedirs(folder, exist_ok=True)
-            simulator.write_lines(path, [p.logps for p in lot])
+            files.write_lines(path, [p.logps for p in lot])
     return done
 
 
@@ -592,214 +455,8 @@ def blame(model, pairs, batch, cfg, loss_fn):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The processes: FSDP, saving, resuming
+# Stages: what is finished is kept, and a stopped run goes on from there
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def device():
-    return torch.device("cuda", simulator.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def add_up(tensor):
-    """The sum over ranks."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor := tensor.to(device()))
-    return tensor.cpu()
-
-
-def gradient_norm(model):
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-
-
-def load_policy(path, cfg):
-    """A checkpoint's policy for training: float32 weights sharded over all ranks (FSDP2), bfloat16 compute on GPUs.
-
-    Built on the meta device; each rank then reads its own slice of every weight from the safetensors, so nobody ever
-    holds the whole model."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if not (hasattr(model, "lm_head") and hasattr(getattr(model, "model", None), "rotary_emb")):
-        raise BadInput(f"{path} is a {config.model_type}, and only policies of Llama's shape are trained here")
-    attend_in_pairs(model)
-    if cfg.train_layers:  # Paper: the last four layers. (Released code: the last norm and lm_head besides.)
-        model.requires_grad_(False)
-        model.model.layers[-cfg.train_layers :].requires_grad_(True)
-    if cfg.activation_checkpointing:
-        checkpoint_activations(model)
-    shard(model, cfg.replicas)
-    model.to_empty(device=device())
-    # buffers that no checkpoint holds (rotary frequencies) are garbage after to_empty
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device())
-    read_slices(model, path)
-    return model
-
-
-PRODUCTS = {torch.ops.aten.mm.default} | {
-    getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
-    for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")}  # fmt: skip
-
-
-def checkpoint_activations(model):
-    """Of a layer the results of matrix products and of attention are kept for the backward; norms, rotations and gates
-    are computed again: half of the memory, and nothing that costs FLOPs runs twice."""
-
-    def keep_products(_, op, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if op in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
-
-    kept = partial(create_selective_checkpoint_contexts, keep_products)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": kept})
-    model.disable_input_require_grads()  # transformers would go back through layers that do not learn
-    for layer in model.model.layers:  # one that does not learn keeps nothing by itself, but its products if told to
-        layer.gradient_checkpointing = next(layer.parameters()).requires_grad
-
-
-def shard(model, replicas=1):
-    """FSDP2: one unit a layer, one for the rest; with replicas, sharded within groups of neighbouring ranks (torchrun
-    numbers them node by node) and replicated across the groups."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-
-    cuda = torch.cuda.is_available()
-    # The root, too, gives its weights back after a forward (FSDP2's default keeps them): a forward without backward
-    # would else leave whole tensors in place of the sharded ones, and an optimiser made then would hold the wrong ones.
-    whole = init_device_mesh(device().type, (replicas, world() // replicas), mesh_dim_names=("replicas", "shards"))
-    options = dict(mesh=whole if replicas > 1 else whole["shards"], reshard_after_forward=True)
-    if cuda:
-        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for layer in model.model.layers:
-        fully_shard(layer, **options)
-    # log-probs do not pass through model.forward, so FSDP is told which method needs the root's weights
-    model.token_logps = MethodType(token_logps, model)
-    fully_shard(model, **options)
-    register_fsdp_forward_method(model, "token_logps")
-
-
-def learned_weights(model):
-    """This rank's part of the weights that learn, live: {name: plain tensor}."""
-    learned = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    return {name: p.to_local() if hasattr(p, "to_local") else p for name, p in learned.items()}
-
-
-@contextlib.contextmanager
-def exchanged(model, weights):
-    """Within it the model is the one of these weights: pi_0 without a second model. What is frozen is common to both,
-    so the price is a copy of what learns (one eighth of the last four layers, 0.4 GB, on each of 8 ranks), for a while
-    two, and one more forward of an update's pairs."""
-    live = learned_weights(model)
-    own = {name: p.clone() for name, p in live.items()}
-    for name, p in live.items():
-        p.copy_(weights[name])
-    yield
-    for name, p in live.items():
-        p.copy_(own[name])
-
-
-@torch.no_grad()
-def read_slices(model, path):
-    from safetensors import safe_open
-
-    missing = dict(model.named_parameters())
-    for file in simulator.weight_files(path):
-        with safe_open(file, "pt") as weights:
-            for name in missing.keys() & weights.keys():
-                p, whole = missing.pop(name), weights.get_slice(name)
-                local, mesh, rows = p.to_local(), p.device_mesh, whole.get_shape()[0]
-                n, i = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)  # shards, and which is this rank's
-                start = min(i * -(-rows // n), rows)  # FSDP2 cuts dimension 0 as torch.chunk does
-                if len(local):
-                    local.copy_(whole[start : start + len(local)])
-    if missing:
-        raise BadInput(f"{path} lacks {len(missing)} weights, {sorted(missing)[0]} among them")
-
-
-def full_weights(model):
-    """(name, whole tensor) one at a time, in the checkpoint's names; every rank must go through all of them."""
-    for name, p in model.named_parameters():
-        whole = p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
-        yield name, whole
-        if model.config.tie_word_embeddings and p is model.get_input_embeddings().weight:
-            yield "lm_head.weight", whole  # vLLM keeps the old head unless it is named
-
-
-def save_policy(path, model, start):
-    """A Hugging Face folder, float32 so that a run that continues from it continues exactly. `start` lends its
-    tokenizer and generation settings."""
-    from huggingface_hub import save_torch_state_dict
-
-    state = {}
-    for name, whole in full_weights(model):
-        if rank() == 0 and not (name == "lm_head.weight" and model.config.tie_word_embeddings):
-            state[name] = whole.cpu().clone()
-
-    def write(partial):
-        save_torch_state_dict(state, partial)
-        model.config.save_pretrained(partial)
-        simulator.copy_tokenizer(start, partial)
-
-    if rank() == 0:
-        simulator.write_folder(path, write)
-    barrier()
-
-
-def training_state(model, optimizer):
-    """This rank's part of weights and AdamW state as plain tensors {name: tensor}, aliasing the live ones."""
-    state = {}
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        moments = {k: v for k, v in optimizer.state.get(p, {}).items()} | {"weight": p.data}
-        for key, value in moments.items():
-            state[f"{name}/{key}"] = value.to_local() if hasattr(value, "to_local") else value
-    return state
-
-
-def save_training(folder, model, optimizer, step):
-    """Weights and optimiser of the training in progress, each rank its own shard; then the step that names them."""
-    from safetensors.torch import save_file
-
-    folder = os.path.join(folder, "training")
-    os.makedirs(folder, exist_ok=True)
-    with simulator.writing(os.path.join(folder, f"step_{step}_rank_{rank()}.safetensors")) as partial:
-        save_file(training_state(model, optimizer), partial)
-    barrier()
-    if rank() == 0:
-        simulator.write_file(os.path.join(folder, "step.json"), json.dumps({"step": step, "ranks": world()}))
-        for name in os.listdir(folder):
-            if not name.startswith((f"step_{step}_", "step.json")):
-                os.remove(os.path.join(folder, name))
-
-
-@torch.no_grad()
-def load_training(folder, model, optimizer):
-    """Bring a stopped training back and return its next step; 0 if there is none, or it ran on other ranks."""
-    from safetensors.torch import load_file
-
-    folder = os.path.join(folder, "training")
-    marker = os.path.join(folder, "step.json")
-    if not os.path.exists(marker):
-        return 0
-    saved = simulator.read_json(marker)
-    if saved["ranks"] != world():
-        if rank() == 0:
-            print(f"{folder} is the state of {saved['ranks']} processes, not of {world()}: this iteration's training "
-                  "begins again, its pairs are kept", flush=True)  # fmt: skip
-        return 0
-    state = load_file(os.path.join(folder, f"step_{saved['step']}_rank_{rank()}.safetensors"))
-    for p in optimizer.param_groups[0]["params"]:
-        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}  # where fused AdamW wants it
-    for name, tensor in training_state(model, optimizer).items():
-        tensor.copy_(state[name])
-    return saved["step"] + 1
-
-
-def remove_training(folder):
-    if rank() == 0:
-        shutil.rmtree(os.path.join(folder, "training"), ignore_errors=True)
 
 
 class Keeper:
@@ -818,18 +475,6 @@ class Keeper:
             save_policy(os.path.join(self.folder, f"step_{step + 1}"), self.model, self.cfg.policy)
         if (step + 1) % self.cfg.checkpoint_steps == 0:
             save_training(self.folder, self.model, self.optimizer, step)
-
-
-def log(cfg, row):
-    """One line of metrics.jsonl; lines that a stopped run wrote beyond its last saved state are replaced. The file is
-    written anew each time: a kill or a full disk costs none of its lines."""
-    path = os.path.join(cfg.out, "metrics.jsonl")
-
-    def key(row):
-        return row["iteration"], row["phase"], row.get("step", 0)
-
-    old = simulator.read_lines(path) if os.path.exists(path) else []
-    simulator.write_lines(path, [*(r for r in old if key(r) < key(row)), row])
 
 
 def collected(folder, collect, prompts, cfg, t):
@@ -893,11 +538,11 @@ def remembered_logps(folder, model, pi_0, pairs, cfg, t):
                 row["kl_0"] = float(np.mean([np.subtract(p.logps, b.logps) for p, b in zip(pairs, base)]))
             print(", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
             log(cfg, row)
-            simulator.write_lines(path, [p.logps + b.logps for p, b in zip(pairs, base)])
+            files.write_lines(path, [p.logps + b.logps for p, b in zip(pairs, base)])
         barrier()
     if rank() == 0:
         shutil.rmtree(f"{path}.parts", ignore_errors=True)
-    rows = simulator.read_lines(path)
+    rows = files.read_lines(path)
     return [p._replace(logps=tuple(r[:2]), base_logps=tuple(r[2:])) for p, r in zip(pairs, rows, strict=True)]
 
 
@@ -977,12 +622,12 @@ def check(cfg):
     """Everything about a configuration that can be known to be wrong before anything is loaded."""
     positive = "num_prompts max_turns max_new_tokens eta lr temperature batch_size epochs micro_tokens"
     rules = {name: (lambda v: 0 < v < math.inf, "positive") for name in positive.split()}
-    rules |= {name: (lambda v: v > 0, "positive") for name in ("checkpoint_steps", "wave", "eval_dialogues")}
+    counts = "checkpoint_steps wave eval_wave eval_dialogues user_tokens reward_tokens max_dialogue"
+    rules |= {name: (lambda v: v > 0, "positive") for name in counts.split()}
     rules |= {name: (lambda v: 0 <= v < math.inf, "0 or more") for name in (
         "weight_decay", "seed", "snapshot_steps", "policy_every", "train_layers", "gamma")}  # fmt: skip
     rules["iterations"] = (lambda v: v > 0 or v == 0 < cfg.policy_every, "positive (in setting two, 0 is one pass)")
     rules["penalty"] = (math.isfinite, "a number")
-    rules |= {name: (lambda v: v > 0, "positive") for name in ("user_tokens", "reward_tokens", "max_dialogue")}
     rules["user_temperature"] = (lambda v: 0 < v < math.inf, "positive")
     rules["replicas"] = (lambda v: v > 0 and world() % v == 0, f"a divisor of {world()}, the number of processes")
     rules["max_failures"] = (lambda v: 0 <= v <= 1, "a share of the dialogues, in [0, 1]")
@@ -993,98 +638,6 @@ def check(cfg):
     for name, (good, words) in rules.items():
         if not good(getattr(cfg, name)):
             raise BadInput(f"--{name.replace('_', '-')} must be {words}, not {getattr(cfg, name)}")
-
-
-def prepare(cfg):
-    """Check the inputs and the run's folder before any model is loaded; returns cfg with its checkpoints' folders."""
-    for name in ("policy", "reference"):
-        cfg = replace(cfg, **{name: simulator.prepare_checkpoint(getattr(cfg, name))})
-        simulator.check_positions(getattr(cfg, name), cfg)
-    tokenizer = simulator.load_tokenizer(cfg.policy)
-    data.train_prompts(cfg, tokenizer, 1)
-    data.test_prompts(cfg, tokenizer)
-    if not cfg.iterations:
-        cfg = replace(cfg, iterations=len(data.load_split(cfg, "train", tokenizer)) // cfg.num_prompts)
-    simulator.check_user(cfg), rewards.check_reward(cfg), simulator.reach_user(cfg)
-    path = os.path.join(cfg.out, "config.json")
-    if os.path.exists(path):
-        old, new = simulator.read_json(path), asdict(cfg)
-        other = [k for k in sorted(old.keys() | new.keys()) if k != "out" and old.get(k) != new.get(k)]
-        if other:
-            raise BadInput(f"{cfg.out} is a run with another {', '.join(other)}: choose another --out")
-        state = os.path.join(cfg.out, "training", "step.json")
-        if os.path.exists(state) and (ranks := simulator.read_json(state)["ranks"]) != world():
-            raise BadInput(f"{cfg.out} was trained by {ranks} processes: go on with as many")
-    elif os.path.exists(cfg.out) and (
-        not os.path.isdir(cfg.out) or set(os.listdir(cfg.out)) - {"config.json.partial", "user_0.log"}
-    ):
-        raise BadInput(f"--out {cfg.out} exists and is not a run's folder")
-    return cfg
-
-
-def open_run(cfg):
-    path = os.path.join(cfg.out, "config.json")
-    if rank() == 0 and not os.path.exists(path):
-        os.makedirs(cfg.out, exist_ok=True)
-        simulator.write_file(path, json.dumps(asdict(cfg), indent=1))
-    barrier()
-
-
-def log_data(cfg):
-    """The first line of metrics.jsonl: what the data set gave and what was dropped of it, by reason."""
-    if rank() == 0 and cfg.dataset != "toy" and not os.path.exists(os.path.join(cfg.out, "metrics.jsonl")):
-        found = data.load_data(*data.data_key(cfg, simulator.load_tokenizer(cfg.policy)))
-        counts = {"train": len(found.train), "test": len(found.test), "logged": len(found.logs), "dropped": found.dropped}
-        log(cfg, {"iteration": 0, "phase": "data"} | counts)
-
-
-def start_processes():
-    """One process group for any start: torchrun's, or a group of one."""
-    if dist.is_initialized():
-        return
-    if "RANK" in os.environ:
-        if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-            # a rank whose torchrun was killed would wait for the others, and hold its GPU, until nobody knows when
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-            if os.getppid() != PARENT:
-                raise BadInput("torchrun is gone")
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=6))  # a rank without a wave waits for the others' last
-    else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device())
-
-
-def first_to_fail():
-    """Of several ranks the first that fails speaks: the others fail alike, or because it is gone."""
-    if world() == 1 or not dist.is_initialized():
-        return rank() == 0
-    with contextlib.suppress(RuntimeError):  # the store dies with torchrun
-        if dist.distributed_c10d._get_default_store().add("failed", 1) == 1:
-            return True
-        time.sleep(2)  # torchrun ends all ranks at the first exit: whoever speaks has its line out by then
-    return False
-
-
-@contextlib.contextmanager
-def one_line(script):
-    """What a person can mend, a full disk or a served model among it, is one line and exit code 2."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if first_to_fail():
-            print(f"{script}: stopped; the same command goes on from here", file=sys.stderr, flush=True)
-        os._exit(130)  # not waiting for threads that wait for a server
-    except (BadInput, OSError) as error:
-        if first_to_fail():
-            hint = "" if isinstance(error, BadInput) else " (what was finished is kept: the same command goes on)"
-            print(f"{script}: {' '.join(str(error).split())}{hint}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-    except RuntimeError:
-        if first_to_fail():
-            raise
-        raise SystemExit(2) from None
 
 
 def main(argv=None):

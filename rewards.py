@@ -8,8 +8,8 @@ import os
 import re
 from collections import Counter
 
-from simulator import (BadInput, encode, encode_plain, find_checkpoint, local_rank, read_json, read_weights,
-                       weight_names)  # fmt: skip
+from files import BadInput, find_checkpoint, local_rank, read_json, read_weights, weight_names
+from simulator import encode, encode_plain
 
 
 def conversation_ids(tokenizer, messages):

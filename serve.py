@@ -21,7 +21,8 @@ import urllib.request
 from tqdm import tqdm
 
 import plan
-from simulator import BadInput, Server, local_rank, world
+from ask import Server
+from files import BadInput, local_rank, world
 
 START = 1500  # seconds until the server must be healthy: a 70B is read from a slow disk in minutes
 ENDED = "serve.py: the server has ended, status"

@@ -19,7 +19,8 @@ import os
 import random
 import re
 
-from simulator import Dialogue, Prompt, read_json, seed_for, write_folder
+from files import read_json, write_folder
+from simulator import Dialogue, Prompt, seed_for
 
 WISHES = {
     "size": ("tiny", "small", "medium", "large"),

@@ -8,11 +8,13 @@ from functools import partial
 
 sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 
+import processes  # first: it sets what torch reads when it is imported
+
 import data
+import fsdp
 import refuel
 from conftest import random_pairs
-from refuel import rank, world
-from simulator import BadInput
+from files import BadInput, rank, world
 
 FLAGS = "--setting toy --engine transformers --eta 1 --lr 1e-3 --weight-decay 0 --max-turns 2 --wave 8 --num-prompts 20"
 
@@ -57,11 +59,11 @@ def numbers(base, out):
 
     def regress(pairs, loss_fn=refuel.refuel_loss):
         model, losses = refuel.load_policy(base, cfg), []
-        before = {name: w.clone() for name, w in refuel.full_weights(model)}
+        before = {name: w.clone() for name, w in fsdp.full_weights(model)}
         optimizer = refuel.make_optimizer(model, cfg)
         told = complaint(lambda: refuel.regress(model, optimizer, pairs, cfg, loss_fn,
                                                 after_step=lambda _, m: losses.append(m["loss"])))  # fmt: skip
-        return told, losses, max((w - before[name]).abs().max().item() for name, w in refuel.full_weights(model))
+        return told, losses, max((w - before[name]).abs().max().item() for name, w in fsdp.full_weights(model))
 
     found["batches of 4, 4 and 1"] = regress(pairs)
     found["one pair"] = regress(pairs[:1])
@@ -74,12 +76,12 @@ def numbers(base, out):
 
 if __name__ == "__main__":
     base, out = sys.argv[1:]
-    refuel.start_processes()
+    processes.start_processes()
     found = numbers(base, out)
     with open(os.path.join(out, f"found_{world()}_{rank()}.json"), "w") as file:
         json.dump(found, file)
     refuel.barrier()
     if rank() == world() - 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # this rank's disk is full; the others wait for it
-    with refuel.one_line("bad_ranks.py"):
+    with processes.one_line("bad_ranks.py"):
         refuel.in_waves(os.path.join(out, f"waves_{world()}"), list(range(world())), 1, lambda rows, n: [rows], "waves")

@@ -9,7 +9,7 @@
     python tests/bench.py lengths SHAREGPT.json --policy FOLDER
                                                             how tests/lengths.json was made
 
-Every variant goes through refuel.with_old_logps and refuel.regress; only the layout functions are exchanged, and the
+Every variant goes through refuel.with_old_logps and refuel.regress; only the layout functions, of refuel.py, packing.py and fsdp.py, are exchanged, and the
 log-probs of all of them must agree to 1e-4 a token (bfloat16: 1e-1). FLOPs of matrix products are counted in what ran, as
 multiples of those with the weights on unique tokens; the share of the matmul rate is of those and attention's. Times are medians of repeats in which the variants
 take turns; on the CPU they are CPU seconds, which a busy neighbour lengthens less than the clock. Memory is the
@@ -37,6 +37,11 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
+import engines  # noqa: E402
+import files  # noqa: E402
+import fsdp  # noqa: E402
+import packing  # noqa: E402
+import processes  # noqa: E402
 import simulator  # noqa: E402
 
 LENGTHS = os.path.join(ROOT, "tests", "lengths.json")
@@ -83,7 +88,7 @@ def make_pairs(n, seed, vocabulary, scale=1.0, prefix=None):
     """Pairs of random ids with the lengths of real conversations and (H, h) by the law of section 4.2, within setting
     one's limits; y' is as long as the answer at turn h of another conversation. prefix: the same one for all."""
     rng, pairs = random.Random(seed), []
-    conversations = simulator.read_json(LENGTHS)
+    conversations = files.read_json(LENGTHS)
     while len(pairs) < n:
         H = rng.randint(1, 5)
         h = rng.randint(1, H)
@@ -108,7 +113,7 @@ def make_model(name, device):
         model = LlamaForCausalLM(config)
     if device == "cuda":  # weights, gradients and AdamW's state in bfloat16: 8B then fits one card
         model = model.to(torch.bfloat16)
-    refuel.checkpoint_activations(model)
+    fsdp.checkpoint_activations(model)
     return model
 
 
@@ -151,11 +156,11 @@ def dense(rows_of):
     """Pairs in rows that are padded to the longest of them, under a mask of each row; rows_of(lengths): which in which."""
 
     def pair_logps(model, pairs, temperature=1.0):
-        device, rows = model.lm_head.weight.device, rows_of(list(map(refuel.pair_length, pairs)))
-        T = max(sum(refuel.pair_length(pairs[i]) for i in row) for row in rows)
+        device, rows = model.lm_head.weight.device, rows_of(list(map(packing.pair_length, pairs)))
+        T = max(sum(packing.pair_length(pairs[i]) for i in row) for row in rows)
         ids_RT, position_RT, pair_RT, branch_RT, where_N, target_N, owner_N = ([] for _ in range(7))
         for r, row in enumerate(rows):
-            ids_1T, position_1T, lengths, where, target, owner = refuel.pack([pairs[i] for i in row])
+            ids_1T, position_1T, lengths, where, target, owner = packing.pack([pairs[i] for i in row])
             for rows_T, x, fill in zip((ids_RT, position_RT, pair_RT, branch_RT),
                                        (ids_1T[0], position_1T[0], *whose(lengths)), (0, 0, -1, 0)):  # fmt: skip
                 rows_T.append(F.pad(x, (0, T - len(x)), value=fill))
@@ -169,20 +174,20 @@ def dense(rows_of):
         hidden_RTD = model.model(input_ids=ids_RT, attention_mask=sees_RTT[:, None], position_ids=position_RT,
                                  use_cache=False).last_hidden_state  # fmt: skip
         hidden_ND = hidden_RTD.flatten(0, 1).index_select(0, where_N)
-        logp_N = refuel.SelectedLogps.apply(hidden_ND, model.lm_head.weight, target_N, temperature)
+        logp_N = packing.SelectedLogps.apply(hidden_ND, model.lm_head.weight, target_N, temperature)
         return torch.zeros(2 * len(pairs), device=device).index_add(0, owner_N, logp_N).view(2, -1)
 
     return pair_logps
 
 
 def logits_everywhere(model, ids_1T, position_1T, lengths, where_N, target_N, temperature):
-    """As refuel.token_logps, but every position is projected onto the vocabulary."""
+    """As packing.token_logps, but every position is projected onto the vocabulary."""
     out = model.model(input_ids=ids_1T, position_ids=position_1T, lengths=lengths, use_cache=False)
     hidden_1TD = out.last_hidden_state
     others = torch.ones(hidden_1TD.shape[1], dtype=torch.bool, device=ids_1T.device).index_fill(0, where_N, False)
     rows_MD = torch.cat([hidden_1TD[0, where_N], hidden_1TD[0, others]])
     targets_M = F.pad(target_N, (0, len(rows_MD) - len(target_N)))
-    return refuel.SelectedLogps.apply(rows_MD, model.lm_head.weight, targets_M, temperature)[: len(target_N)]
+    return packing.SelectedLogps.apply(rows_MD, model.lm_head.weight, targets_M, temperature)[: len(target_N)]
 
 
 class InOnePiece:
@@ -214,7 +219,7 @@ def one_by_one(pairs, tokens):
 
 
 def flex_logps(model, ids_1T, position_1T, lengths, where_N, target_N, temperature):
-    """As refuel.token_logps, by one call of flex attention a layer: blocks of the row that nobody sees are skipped."""
+    """As packing.token_logps, by one call of flex attention a layer: blocks of the row that nobody sees are skipped."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     T, device = ids_1T.shape[1], ids_1T.device
@@ -226,7 +231,7 @@ def flex_logps(model, ids_1T, position_1T, lengths, where_N, target_N, temperatu
     block = create_block_mask(sees, None, None, T, T, device=device, _compile=ids_1T.is_cuda)
     out = model.model(input_ids=ids_1T, attention_mask=block, position_ids=position_1T, use_cache=False)
     hidden_ND = out.last_hidden_state[0].index_select(0, where_N)
-    return refuel.SelectedLogps.apply(hidden_ND, model.lm_head.weight, target_N, temperature)
+    return packing.SelectedLogps.apply(hidden_ND, model.lm_head.weight, target_N, temperature)
 
 
 def nothing_again(model):
@@ -239,7 +244,7 @@ def whole_layers_again(model):
 
 
 refuel_pair_logps = refuel.pair_logps
-VARIANTS = {  # whose attention, and what of refuel is exchanged
+VARIANTS = {  # whose attention, and which functions are exchanged
     "ours": ("pairs", {}),
     "without the shared prefix": ("pairs", dict(pair_logps=two_rows)),
     "without packing": ("sdpa", dict(pair_logps=dense(one_pair_a_row))),
@@ -254,19 +259,23 @@ VARIANTS = {  # whose attention, and what of refuel is exchanged
 
 @contextlib.contextmanager
 def exchanged(parts):
-    kept = {name: getattr(refuel, name) for name in parts}
-    vars(refuel).update(parts)
+    places = [vars(module) for module in (refuel, packing, fsdp)]
+    assert all(any(name in place for place in places) for name in parts)
+    kept = [{name: place[name] for name in parts if name in place} for place in places]
+    for place, names in zip(places, kept):
+        place.update((name, parts[name]) for name in names)
     try:
         yield
     finally:
-        vars(refuel).update(kept)
+        for place, names in zip(places, kept):
+            place.update(names)
 
 
 def run_step(model, optimizer, pairs, cfg, attention="pairs", parts={}):
     """Old log-probs, forward, backward, AdamW on one batch; returns the old log-probs (2, B)."""
-    refuel.attend_in_pairs(model).set_attn_implementation(attention)
+    packing.attend_in_pairs(model).set_attn_implementation(attention)
     with exchanged(parts):
-        refuel.checkpoint_activations(model)  # each time: TRL's trainer has its own way with the same model
+        fsdp.checkpoint_activations(model)  # each time: TRL's trainer has its own way with the same model
         old = refuel.with_old_logps(model, pairs, cfg)
         refuel.regress(model, optimizer, old, cfg)
     return torch.tensor([p.logps for p in old]).T
@@ -369,7 +378,7 @@ def measure_step(args):
     variants = dict(VARIANTS)
     if args.device == "cuda":
         variants["flex attention"] = ("flex_attention", dict(token_logps=flex_logps))
-        refuel.PRODUCTS.add(torch.ops.higher_order.flex_attention)  # not to be computed again in the backward either
+        fsdp.PRODUCTS.add(torch.ops.higher_order.flex_attention)  # not to be computed again in the backward either
     run = {name: lambda pairs, how=how: run_step(model, optimizer, pairs, cfg, *how) for name, how in variants.items()}
     for tokens in args.micro_tokens[1:]:
         other = refuel.replace(cfg, micro_tokens=tokens)
@@ -412,7 +421,7 @@ def measure_step(args):
         row["pairs_per_second"] = args.pairs / statistics.median(row["seconds"])
         row["ours_over_it"] = statistics.median(s / o for s, o in zip(row["seconds"], rows["ours"]["seconds"]))
         row["share"] = statistics.median(row["share"])
-    unique = sum(map(refuel.pair_length, pairs))
+    unique = sum(map(packing.pair_length, pairs))
     return dict(rows=rows, matmul=statistics.median(rates), pairs=args.pairs, unique_tokens=unique, device=args.device,
                 model=args.model)  # fmt: skip
 
@@ -447,11 +456,11 @@ def timed_steps(model, batches, repeats, base_cfg):
 
 def one_rank(args):
     """This process's part of a step on --pairs pairs, under torchrun; rank 0 prints all ranks' seconds."""
-    model = refuel.attend_in_pairs(make_model(args.model, args.device))
-    refuel.shard(model)
+    model = packing.attend_in_pairs(make_model(args.model, args.device))
+    fsdp.shard(model)
     pairs = make_pairs(args.pairs, args.seed, model.config.vocab_size)
     seconds = timed_steps(model, [pairs], args.repeats, step_cfg(args))
-    total = refuel.add_up(torch.tensor(seconds))[0].item()
+    total = fsdp.add_up(torch.tensor(seconds))[0].item()
     if refuel.rank() == 0:
         print(json.dumps(total))
 
@@ -468,7 +477,7 @@ def measure_growth(args):
         batches[f"{len(ends)} pairs, a prefix of {length}"] = [p._replace(prefix=ids) for p in ends]
     for name, batch, seconds in zip(batches, batches.values(), timed_steps(model, list(batches.values()), args.repeats,
                                                                            step_cfg(args))):  # fmt: skip
-        tokens = sum(map(refuel.pair_length, batch))
+        tokens = sum(map(packing.pair_length, batch))
         rows.append(dict(what=name, tokens=tokens, seconds=seconds, flops=flops(model, batch)))
     del model
     for ranks in (1, 2) if args.device == "cpu" else ():
@@ -476,7 +485,7 @@ def measure_growth(args):
         command += [__file__, "rank", "--model", args.model, "--repeats", str(args.repeats), "--pairs", str(4 * args.pairs)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=True)
         batch = make_pairs(4 * args.pairs, args.seed, words)
-        rows.append(dict(what=f"{len(batch)} pairs on {ranks} ranks", tokens=sum(map(refuel.pair_length, batch)),
+        rows.append(dict(what=f"{len(batch)} pairs on {ranks} ranks", tokens=sum(map(packing.pair_length, batch)),
                          seconds=json.loads(done.stdout.splitlines()[-1])))  # fmt: skip
     return dict(rows=rows, model=args.model)
 
@@ -537,7 +546,7 @@ def measure_generation(args):
 
     rows = []
     for engine in (args.engine,) if args.engine else ("vllm", "transformers"):
-        path = args.policy or simulator.prepare_checkpoint("toy")
+        path = args.policy or files.prepare_checkpoint("toy")
         cfg = refuel.read_config(f"--setting toy --policy {path} --engine {engine}".split())
         user, reward = toy.Customer(), toy.Reward()
         if args.policy:
@@ -546,13 +555,13 @@ def measure_generation(args):
             user = simulator.load_user(cfg)
             reward = lambda dialogues: [float(len(d.ids)) for d in dialogues]  # noqa: E731
             reward = rewards.load_reward(cfg) if args.reward else reward
-        policy = simulator.load_engine(path, cfg)
+        policy = engines.load_engine(path, cfg)
         if args.policy:
             prompts = [Dialogue.start(policy.tokenizer, text) for text in (OPENINGS * args.pairs)[: args.pairs]]
         else:
             prompts = data.train_prompts(refuel.replace(cfg, num_prompts=args.pairs), policy.tokenizer, 1)
         refuel.collect(prompts[:2], policy, user, reward, cfg, refuel.np.random.default_rng(9))  # the libraries' start
-        policy.update(simulator.read_weights(path))  # an iteration begins with an empty cache
+        policy.update(files.read_weights(path))  # an iteration begins with an empty cache
         speakers = {"policy": Oracle(policy)} | ({"user": Oracle(user.ask.engine)} if args.policy else {})
         for speaker in (policy, *(user.ask.engine for _ in speakers if args.policy), reward):
             getattr(speaker, "tokens", Counter()).clear()
@@ -616,18 +625,18 @@ def main():
     args = parser.parse_args()
     if args.what == "lengths":
         rows = make_lengths(args.file, simulator.load_tokenizer(args.policy))
-        simulator.write_file(LENGTHS, "[\n" + ",\n".join(json.dumps(r, separators=(",", ":")) for r in rows) + "\n]\n")
+        files.write_file(LENGTHS, "[\n" + ",\n".join(json.dumps(r, separators=(",", ":")) for r in rows) + "\n]\n")
         return
-    refuel.start_processes()
+    processes.start_processes()
     if args.what == "rank":
         return one_rank(args)
     measure, table = {"step": (measure_step, step_table), "growth": (measure_growth, growth_table),
                       "generation": (measure_generation, generation_table)}[args.what]  # fmt: skip
     found = measure(args) | {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d")}
     print("\n".join(table(found)))
-    kept = simulator.read_json(args.out) if os.path.exists(args.out) else {}
+    kept = files.read_json(args.out) if os.path.exists(args.out) else {}
     key = f"{args.what} {found['model']} {args.device}" + f" {' '.join(args.only)}" * bool(args.only)
-    simulator.write_file(args.out, json.dumps(kept | {key: found}, indent=1))
+    files.write_file(args.out, json.dumps(kept | {key: found}, indent=1))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import refuel  # noqa: E402  (first: it sets what torch and vLLM read when they 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import processes  # noqa: E402
 import toy  # noqa: E402
+from simulator import Dialogue  # noqa: E402
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -87,8 +89,8 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def processes():
-    refuel.start_processes()
+def process_group():
+    processes.start_processes()
 
 
 @pytest.fixture
@@ -113,3 +115,14 @@ def random_pairs(n, vocab=40, seed=0, longest=30):
     ids = lambda k: torch.randint(6, vocab, (k,), generator=g).tolist()  # noqa: E731
     return [refuel.Pair(ids(draw(2, longest)), ids(draw(1, 9)), ids(draw(1, 9)),
                         (draw(0, 5) / 4, draw(0, 5) / 4), 1, 1) for _ in range(n)]  # fmt: skip
+
+
+def dialogue(*answers):
+    """A dialogue with these answers as text; as many tokens as words."""
+    d = Dialogue(messages=[], spans=[], ids=[])
+    for answer in answers:
+        n = len(answer.split())
+        d.spans.append((len(d.ids) + 1, len(d.ids) + 1 + n))
+        d.ids += [0] * (n + 1)
+        d.messages += [{"role": "user", "content": "go on"}, {"role": "assistant", "content": answer}]
+    return d

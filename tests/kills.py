@@ -1,8 +1,9 @@
 """python tests/kills.py kill|full OUT FLAGS: run refuel.py into OUT; the same command is started again until it ends.
 
 kill: each attempt is a process that dies by SIGKILL just before a rename (the file is there under its temporary name
-only), the next one just after it. full: each attempt meets a full disk at a kind of file that no attempt has met before:
+only), the next one just after it; so too within and after a line of the log. full: each attempt meets a full disk at a kind of file that no attempt has met before:
 the kernel takes no byte more, whatever library writes. Prints the number of attempts that did not end."""
+import json
 import os
 import re
 import resource
@@ -11,14 +12,16 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import processes  # noqa: F401  (first: it sets what torch reads when it is imported)
+
 import matplotlib.pyplot  # noqa: F401  (imported here so that no attempt has to)
 import torch.distributed.fsdp
 import torch.distributed.tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM  # noqa: F401
 
 import evaluate  # noqa: F401
+import files
 import refuel
-import simulator
 
 
 def attempt(how, argv, seen):
@@ -26,15 +29,22 @@ def attempt(how, argv, seen):
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
-    rename, writing, before = os.replace, simulator.writing, set(open(seen).read().split("\n"))
+    rename, writing, append = os.replace, files.writing, files.append_line
+    before = set(open(seen).read().split("\n"))
 
-    def no_room(path):
-        kind = re.sub(r"\d+", "N", os.path.basename(path))
+    def fill(kind):
         if kind not in before:
             with open(seen, "a") as file:
                 file.write(f"{kind}\n")
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+
+    def no_room(path):
+        fill(re.sub(r"\d+", "N", os.path.basename(path)))
         return writing(path)
+
+    def no_line(path, row):
+        fill(f"a line of {os.path.basename(path)}")
+        append(path, row)
 
     def die(moment, target):
         if f"{moment} {target}" not in before:
@@ -47,10 +57,18 @@ def attempt(how, argv, seen):
         rename(source, target)
         die("after", target)
 
+    def half_a_line(path, row):
+        if f"within {path}" not in before:
+            with open(path, "a") as file:
+                file.write(json.dumps(row)[:20])
+            die("within", path)
+        append(path, row)
+        die("after a line of", path)
+
     if how == "kill":
-        os.replace = replace
+        os.replace, files.append_line = replace, half_a_line
     else:
-        simulator.writing = no_room
+        files.writing, files.append_line = no_room, no_line
     try:
         refuel.main(argv)
     except SystemExit as stop:

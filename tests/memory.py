@@ -36,11 +36,13 @@ class Peak(threading.Thread):
 
 
 def measure(path, flags):
+    import processes
     import refuel
+    import torch.distributed as dist
     from conftest import random_pairs
 
     cfg = refuel.read_config([*flags.split(), "--policy", path])
-    refuel.start_processes()
+    processes.start_processes()
     small = os.path.join(path, "small")  # the same once before, so that nothing is imported while it is measured
     model = refuel.load_policy(small, cfg)
     refuel.regress(model, refuel.make_optimizer(model, cfg), random_pairs(4), cfg)
@@ -55,13 +57,13 @@ def measure(path, flags):
     refuel.regress(model, refuel.make_optimizer(model, cfg), pairs, cfg)
     found["train"] = peak.read()
     row = refuel.torch.tensor([found[k] - before for k in found], dtype=refuel.torch.float64)
-    refuel.dist.all_reduce(row, refuel.dist.ReduceOp.MAX)
+    dist.all_reduce(row, dist.ReduceOp.MAX)
     return dict(zip(found, row.tolist())), cfg, refuel.world()
 
 
 def main():
     import plan
-    from simulator import rank
+    from files import rank
 
     for checkpointing in ("false", "true"):
         flags = f"--setting toy --batch-size 2 --num-prompts 4 --micro-tokens 2048 --activation-checkpointing {checkpointing}"

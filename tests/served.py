@@ -81,13 +81,13 @@ def fake(port):
 def one_rank(out):
     """Ask the node's server, then play on until ended."""
     import serve
-    from simulator import rank, world, write_file
+    from files import rank, world, write_file
 
     serve.command = lambda path, port, room, memory: [sys.executable, os.path.abspath(__file__), "fake", str(port)]
     if world() > 1:
-        import refuel
+        import processes
 
-        refuel.start_processes()
+        processes.start_processes()
     ask = serve.Served("a model", os.path.join(out, "user_0.log"), 99, None)
     replies = list(ask(["hello"]))
     write_file(os.path.join(out, f"rank_{rank()}.json"), json.dumps([ask.url, replies]))

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
 
+import files
 import rewards
-import simulator
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHAREGPT = os.path.join("data", "ShareGPT_V3_unfiltered_cleaned_split.json")
@@ -74,8 +74,8 @@ def write_data(out, talks):
         turns = [{"from": ("user", "assistant")[k % 2], "value": text} for k, text in enumerate(history)]
         ultra.append({"task": "chat", "trajectory": turns, "chosen": chosen, "rejected": rejected, "id": str(i)})
         hh.append({"chosen": marks([*history, chosen]), "rejected": marks([*history, rejected])})
-    simulator.write_lines(os.path.join(out, "ultra.jsonl"), ultra)
-    simulator.write_lines(os.path.join(out, "hh.jsonl"), hh)
+    files.write_lines(os.path.join(out, "ultra.jsonl"), ultra)
+    files.write_lines(os.path.join(out, "hh.jsonl"), hh)
 
 
 def last_states(body, rows, tokens=4096):
@@ -132,8 +132,8 @@ def main(out=os.path.join("runs", "small")):
     print(f"{len(talks)} conversations, by turns: {np.bincount([len(said) // 2 for said in talks])[1:].tolist()}")
     write_data(out, talks)
     if not os.path.isdir(policy):
-        simulator.write_folder(policy, save_policy)
-    simulator.write_folder(reward, lambda path: save_reward(path, policy, talks))
+        files.write_folder(policy, save_policy)
+    files.write_folder(reward, lambda path: save_reward(path, policy, talks))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,6 @@ def run(argv):
     sys.path.insert(0, os.path.dirname(HERE))
     import evaluate
     import refuel
-    import simulator
     import toy
 
     def report(phase):
@@ -76,7 +75,7 @@ def run(argv):
     reporting(refuel, "save_policy", "saving")
     reporting(refuel, "log", lambda _, row: f"step {row['iteration']} {row['step']}" if row["phase"] == "regress" else "log")
     reporting(evaluate, "evaluate", "evaluation")
-    reporting(simulator, "rollout", "evaluation")
+    reporting(evaluate, "rollout", "evaluation")
     keep = refuel.Keeper.__call__
     refuel.Keeper.__call__ = lambda *a: (keep(*a), report("training"))  # saving is over
     refuel.main(argv)
@@ -111,8 +110,8 @@ def torn(folder):
             try:
                 if ".partial" in path:
                     continue
-                if name.endswith(".jsonl"):
-                    [json.loads(line) for line in open(path)]
+                if name.endswith(".jsonl"):  # a kill may tear the log's last line, which the next start drops
+                    [json.loads(line) for line in open(path) if name != "metrics.jsonl" or line.endswith("\n")]
                 elif name.endswith(".json"):
                     json.load(open(path))
                 elif name.endswith(".safetensors"):

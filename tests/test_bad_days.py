@@ -1,13 +1,13 @@
 """Bad days: full disks, servers and data as they come, numbers that are none, few pairs on many ranks, code in folders.
 
-Kills around every write are in test_refuel.py, the judge's server and its retries in test_evaluate.py; kills at random
+Kills around every write are in test_refuel.py, the judge's server and its retries in test_judges.py; kills at random
 moments of every phase are a command of their own, tests/soak.py."""
 import errno
 import glob
 import json
 import os
 import re
-import shutil
+import resource
 import signal
 import socket
 import struct
@@ -25,14 +25,21 @@ from hypothesis import strategies as st
 
 import bad_ranks
 import data
+import engines
 import evaluate
+import files
+import fsdp
+import judges
+import packing
+import processes
 import refuel
-import rewards
 import simulator
 import toy
+from ask import Server
 from conftest import ROOT, random_pairs
-from simulator import BadInput, Dialogue, LLMUser, Server
-from test_evaluate import DRIP, HUGE, KEY, NULL, Scripted, everything_in, serve  # noqa: F401
+from files import BadInput
+from simulator import Dialogue, LLMUser
+from test_judges import DRIP, HUGE, KEY, NULL, Scripted, everything_in, serve  # noqa: F401
 from test_refuel import broken_checkpoint, run_folder
 from test_settings import hh, ultra
 
@@ -50,7 +57,8 @@ def test_a_disk_that_is_full_at_any_write_is_one_line_and_with_room_the_run_goes
         assert done.returncode == 0, done.stderr[-3000:]
     met = re.search(r"stops (\d+): (.*)", done.stdout)
     for kind in ("config.json", "metrics.jsonl", "N.jsonl", "pairs.jsonl", "logps.jsonl", "step_N_rank_N.safetensors",
-                 "step.json", "step_N", "policy", "base.json", "iter_N.jsonl", "results.json", "win_rate.png"):  # fmt: skip
+                 "step.json", "step_N", "policy", "base.json", "iter_N.jsonl", "results.json", "win_rate.png",
+                 "a line of metrics.jsonl"):  # fmt: skip
         assert f"'{kind}'" in met[2], kind
     lines = [line for line in done.stderr.splitlines() if line.startswith("refuel.py: cannot write ")]
     assert len(lines) == int(met[1]) >= 13 and "Traceback" not in done.stderr
@@ -60,7 +68,7 @@ def test_a_disk_that_is_full_at_any_write_is_one_line_and_with_room_the_run_goes
 
 
 def stops_with_one_line(work, capsys, *words):
-    with pytest.raises(SystemExit) as stop, refuel.one_line("refuel.py"):
+    with pytest.raises(SystemExit) as stop, processes.one_line("refuel.py"):
         work()
     *bars, error = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and error.startswith("refuel.py: ") and all(word in error for word in words), error
@@ -76,14 +84,14 @@ def test_every_way_in_which_a_folder_cannot_be_written_is_one_line(number, word,
         raise OSError(number, os.strerror(number), path)
 
     model = refuel.load_policy(base, cfg)
-    judge = evaluate.LLMJudge(lambda prompts: [(i, "Preferred: A", None) for i in range(len(prompts))], "m", str(tmp_path / "v"))
+    judge = judges.LLMJudge(lambda prompts: [(i, "Preferred: A", None) for i in range(len(prompts))], "m", str(tmp_path / "v"))
     talks = [[Dialogue(messages=[{"role": "user", "content": text}])] for text in ("x", "y")]
     monkeypatch.setattr(os, "makedirs", refuse)
     monkeypatch.setattr("builtins.open", refuse)
-    for work in (lambda: refuel.open_run(cfg), lambda: toy.base_policy(str(tmp_path / "b"), toy.RECIPE | dict(steps=1)),
-                 lambda: refuel.save_policy(str(tmp_path / "p"), model, base), lambda: simulator.write_lines("x", [1]),
-                 lambda: simulator.in_waves(str(tmp_path / "w"), [1], 1, None, "w"),
-                 lambda: refuel.save_training(str(tmp_path), model, None, 1), lambda: refuel.log(cfg, {"iteration": 1}),
+    for work in (lambda: processes.open_run(cfg), lambda: toy.base_policy(str(tmp_path / "b"), toy.RECIPE | dict(steps=1)),
+                 lambda: fsdp.save_policy(str(tmp_path / "p"), model, base), lambda: files.write_lines("x", [1]),
+                 lambda: files.in_waves(str(tmp_path / "w"), [1], 1, None, "w"),
+                 lambda: fsdp.save_training(str(tmp_path), model, None, 1), lambda: processes.log(cfg, {"iteration": 1}),
                  lambda: evaluate.claim(str(tmp_path), {}, cfg), lambda: judge(*talks)):  # fmt: skip
         stops_with_one_line(work, capsys, word)
 
@@ -91,7 +99,7 @@ def test_every_way_in_which_a_folder_cannot_be_written_is_one_line(number, word,
 def test_a_run_in_a_place_that_is_no_folder_is_one_line(base, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     flags = [*SMALL.split(), "--policy", base, "--reference", base, "--out", str(tmp_path / "file" / "run")]
-    stops_with_one_line(lambda: refuel.open_run(refuel.prepare(refuel.read_config(flags))), capsys, "file", "directory")
+    stops_with_one_line(lambda: processes.open_run(processes.prepare(refuel.read_config(flags))), capsys, "file", "directory")
 
 
 # --- the served user ---------------------------------------------------------------------------------------------
@@ -203,7 +211,7 @@ def test_a_user_that_refuses_connections_is_given_up_at_once(tokenizers):
 
 
 def test_a_dead_user_stops_the_collection_above_5_per_cent_and_a_living_one_takes_it_up(base, cfg, serve, tmp_path):
-    policy, path = simulator.load_engine(base, cfg), str(tmp_path / "iter_1")
+    policy, path = engines.load_engine(base, cfg), str(tmp_path / "iter_1")
     prompts = data.train_prompts(cfg, policy.tokenizer, 1)
     cfg = replace(cfg, max_turns=3)
     os.makedirs(cfg.out)
@@ -428,7 +436,7 @@ def test_the_ids_under_the_mask_are_the_sampled_ids_whatever_anybody_says(tokeni
         at = stop
     assert at == len(dialogue.ids) and [m["content"] for m in dialogue.messages[::2]] == heard
     pair = refuel.Pair(dialogue.ids[: dialogue.spans[-1][0]], dialogue.answer(h), [end], (0, 0), h, h)
-    assert refuel.pack([pair])[4].tolist() == dialogue.answer(h) + [end]
+    assert packing.pack([pair])[4].tolist() == dialogue.answer(h) + [end]
 
 
 # --- numbers, and more ranks than pairs --------------------------------------------------------------------------
@@ -461,9 +469,9 @@ def on_ranks(base, tmp_path_factory):
     try:
         for n, run in runs.items():
             ends[n] = (*run.communicate(timeout=280), run.returncode, alive(f"BAD_DAY={out}.{n}"))
-            files = [f"{out}/found_{n}_{rank}.json" for rank in range(n)]
-            assert all(map(os.path.exists, files)), ends[n][1][-3000:]
-            found[n] = list(map(simulator.read_json, files))
+            paths = [f"{out}/found_{n}_{rank}.json" for rank in range(n)]
+            assert all(map(os.path.exists, paths)), ends[n][1][-3000:]
+            found[n] = list(map(files.read_json, paths))
     finally:
         for run in runs.values():
             run.kill()
@@ -526,6 +534,38 @@ def test_no_rank_outlives_its_torchrun(tmp_path):
         run.communicate()
 
 
+def test_the_log_grows_by_its_lines_and_loses_none_to_a_full_disk_a_torn_line_or_another_start(cfg):
+    path, rows = os.path.join(cfg.out, "metrics.jsonl"), [{"iteration": 1, "phase": "regress", "step": k} for k in range(4)]
+    os.makedirs(cfg.out)
+    processes.log(cfg, rows[0])
+    node = os.stat(path).st_ino
+    processes.log(cfg, rows[1])
+    assert os.stat(path).st_ino == node and files.read_lines(path) == rows[:2]  # added, not written anew
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(path) + 9, hard))
+    try:
+        with pytest.raises(BadInput, match="cannot write .*metrics.jsonl"):
+            processes.log(cfg, rows[2])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert files.read_lines(path) == rows[:2]
+    processes.log(cfg, rows[2])
+    with open(path, "a") as file:
+        file.write('{"iteration": 1, "ph')
+    processes.LOGGED.clear()  # as another process, which goes on from step 1
+    processes.log(cfg, rows[1] | {"again": True})
+    assert files.read_lines(path) == [rows[0], rows[1] | {"again": True}]
+
+
+def test_a_look_that_finds_no_pair_says_why(base, monkeypatch, capsys):
+    words = f"simulator.py --setting toy --engine transformers --policy {base} --max-dialogue 1 --show 1"
+    monkeypatch.setattr(sys, "argv", words.split())
+    with pytest.raises(SystemExit) as stop:
+        simulator.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "no pair is left of 4 prompts: {'" in error and "over --max-dialogue" in error
+
+
 def test_a_collection_whose_rewards_are_all_equal_says_so(cfg, tmp_path, capsys):
     pairs = [p._replace(rewards=(1.0, 1.0), dialogues=(Dialogue(truncated=[False]),) * 2) for p in random_pairs(3)]
     os.makedirs(cfg.out)
@@ -562,8 +602,8 @@ def test_an_evaluation_with_a_reward_that_is_no_number_stops(tokenizers):
 
 def test_a_training_state_of_another_number_of_ranks_says_that_it_is_left(base, cfg, tmp_path, capsys):
     os.makedirs(tmp_path / "training")
-    simulator.write_file(str(tmp_path / "training" / "step.json"), json.dumps({"step": 3, "ranks": 8}))
-    assert refuel.load_training(str(tmp_path), None, None) == 0
+    files.write_file(str(tmp_path / "training" / "step.json"), json.dumps({"step": 3, "ranks": 8}))
+    assert fsdp.load_training(str(tmp_path), None, None) == 0
     assert "state of 8 processes, not of 1" in capsys.readouterr().out
 
 
@@ -580,7 +620,7 @@ def trapped(base, tmp_path, monkeypatch):
     def make(file, change):
         path = broken_checkpoint(base, tmp_path / "trapped", lambda p: None)
         full = os.path.join(path, file)
-        before = simulator.read_json(full) if file.endswith(".json") else None
+        before = files.read_json(full) if file.endswith(".json") else None
         after = change(before)
         open(full, "w").write(json.dumps(after) if before is not None else after)
         for name in ("evil.py", "modeling_evil.py", "tokenization_evil.py"):
@@ -597,13 +637,13 @@ AUTO = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTok
 
 def prepared(path, tmp_path, *more):
     flags = [*SMALL.split(), "--policy", path, "--reference", path, "--out", str(tmp_path / "run"), *more]
-    return refuel.prepare(refuel.read_config(flags))
+    return processes.prepare(refuel.read_config(flags))
 
 
 def test_a_known_model_that_brings_code_is_loaded_without_it(trapped, tmp_path):
     path = trapped("config.json", lambda c: c | {"auto_map": AUTO})
     cfg = prepared(path, tmp_path)
-    refuel.load_policy(path, cfg), simulator.load_engine(path, cfg), evaluate.kind(path)
+    refuel.load_policy(path, cfg), engines.load_engine(path, cfg), evaluate.kind(path)
 
 
 @pytest.mark.parametrize("file, change, word", [
@@ -633,12 +673,12 @@ def cut(path):
 
 
 def index(path):
-    simulator.write_file(os.path.join(path, "model.safetensors.index.json"), json.dumps(
+    files.write_file(os.path.join(path, "model.safetensors.index.json"), json.dumps(
         {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}))  # fmt: skip
 
 
 def pickled(path):
-    state = simulator.read_weights(path)
+    state = files.read_weights(path)
     torch.save(dict(state), os.path.join(path, "pytorch_model.bin"))
     os.remove(os.path.join(path, "model.safetensors"))
 
@@ -667,7 +707,7 @@ def test_nothing_here_reads_a_pickle_trusts_code_or_takes_a_key_from_anywhere_bu
         for call in re.findall(r"Auto\w+\.from_pretrained\((?:[^()]|\([^()]*\))*\)", text):
             assert "trust_remote_code=False" in call, (path, call)
     assert sum(text.count("API_KEY") for text in sources.values()) == sum(
-        text.count("API_KEY") for path, text in sources.items() if path.endswith(("simulator.py", "evaluate.py", "serve.py")))
+        text.count("API_KEY") for path, text in sources.items() if path.endswith(("ask.py", "evaluate.py", "serve.py")))
 
 
 def test_a_run_with_a_key_leaves_it_nowhere(base, tmp_path, serve, capsys):

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import baselines
+import files
 import refuel
-import simulator
 import toy
 from baselines import METHODS, dpo_loss, rloo_loss
 from refuel import refuel_loss
@@ -179,7 +179,7 @@ def test_a_failed_method_loses_no_finished_row_and_the_command_goes_on(base, tmp
 
     def one_fails(method, cfg, speakers=None):
         if method == "rebel-lt-mixed":
-            raise simulator.BadInput("its disk is full")
+            raise files.BadInput("its disk is full")
         return train(method, cfg, speakers)
 
     monkeypatch.setattr(baselines, "train", one_fails)

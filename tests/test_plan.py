@@ -1,16 +1,19 @@
 """--plan: closed forms against enumeration, real models and a real collection. Memory: `python tests/memory.py RANKS`."""
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import data
+import engines
+import packing
 import plan
 import refuel
 import toy
-from simulator import BadInput
+from files import BadInput
 
 DEFAULTS = {name: options.get("default", False) for name, options in plan.FLAGS.items()}
 
@@ -66,7 +69,7 @@ def test_tokens_are_those_of_a_real_collection(cfg):
                  for (start, _), before in zip(d.spans, [0] + [end for _, end in d.spans])]  # fmt: skip
     count = clerk.count | Counter({
         "reward: read": sum(len(d.ids) for p in pairs for d in p.dialogues),
-        "trainer: forward and backward": sum(refuel.pair_length(p) for p in pairs),
+        "trainer: forward and backward": sum(packing.pair_length(p) for p in pairs),
         "policy: prefilled": sum(d.spans[h][0] - (d.spans[h - 1][1] if h else 0) for p in pairs for k, d in
                                  enumerate(p.dialogues) for h in range(p.h if k else 0, p.H)),
     })  # fmt: skip
@@ -96,6 +99,16 @@ def test_every_phase_of_setting_one_fits_80_gb_and_the_engines_get_all_that_is_l
     assert held["policy"] > 50 and held["user"] > 100
     shares = plan.engines(cfg, 8, 1, 79 * plan.GIB)
     assert shares["user"] > 2 * 70.55e9 / 8 and shares["policy"] > 2 * 8.03e9
+
+
+def test_the_share_that_vllm_is_told_is_the_plans_part_of_this_machines_gpu(monkeypatch):
+    cfg, total = refuel.read_config(["--setting", "one"]), 79 * plan.GIB
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total))
+    for name in ("policy", "user"):
+        assert engines.gpu_share(cfg, name) == plan.engines(cfg, 8, 1, total)[name] / total < 0.6
 
 
 @pytest.mark.parametrize("heads, groups, gpus, expected", [

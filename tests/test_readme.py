@@ -1,4 +1,7 @@
 """Every command of the README exists and its flags parse; every file it names is there."""
+import functools
+import glob
+import importlib
 import os
 import re
 import shlex
@@ -41,6 +44,15 @@ def test_the_readme_has_the_two_commands_of_a_fresh_machine():
 def test_files_that_the_readme_names_exist():
     for name in re.findall(r"`((?:results|theory|tests)/[\w./]+|\w+\.py)`", README) + re.findall(r"\]\(([\w/.]+)\)", README):
         assert os.path.exists(os.path.join(ROOT, name.replace("seed_S", "seed_0"))), name
+
+
+def test_what_the_readme_calls_a_place_in_the_code_is_one_and_every_file_has_its_row():
+    first = README.split("## The toy")[0]
+    places = re.findall(r"`(\w+)\.([\w.]+)`", first)
+    for module, name in [p for p in places if p[1] not in ("py", "txt")]:
+        functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    rows = re.findall(r"^\| `(\w+\.py)` \|", first, re.M)
+    assert sorted(rows) == sorted(os.path.basename(path) for path in glob.glob(os.path.join(ROOT, "*.py")))
 
 
 def test_every_metric_that_is_logged_is_defined_once():

@@ -1,4 +1,5 @@
-"""The algorithm, its log-probs against references that share no code with them, stopping and going, bad input."""
+"""The algorithm, its ranks and nodes against one process, stopping and going, bad input."""
+import glob
 import json
 import os
 import re
@@ -11,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 
+import files
+import fsdp
+import packing
 import refuel
-import simulator
 import toy
 from bench import peak_bytes
 from conftest import ROOT, random_pairs
-from refuel import Pair, collect, micro_batches, pair_logps, refuel_loss, regress, sample_resets
+from refuel import collect, micro_batches, pair_logps, refuel_loss, regress, sample_resets
 from simulator import Dialogue
+from test_packing import row_logps
 
 # --- Eq. 1 and the law of the resets ----------------------------------------------------------------------------
 
@@ -53,129 +57,12 @@ def test_the_loss_ignores_a_constant_in_the_rewards_and_the_order_of_a_pair():
     assert loss.item() == pytest.approx(sum(by_hand).item() / 7)
 
 
-# --- ln pi(y|s) -------------------------------------------------------------------------------------------------
+# --- forwards, ranks and nodes ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def model(model):
-    return refuel.attend_in_pairs(model)
-
-
-def plain_logits(model, ids):
-    """(T, V), with transformers' own attention."""
-    model.set_attn_implementation("eager")
-    logits_TV = model(torch.tensor([ids])).logits[0]
-    refuel.attend_in_pairs(model)
-    return logits_TV
-
-
-def slow_logps(model, pairs, temperature):
-    """Token by token: one forward for each response token, on the plain causal sequence before it."""
-    logp_2B = torch.zeros(2, len(pairs))
-    for b, pair in enumerate(pairs):
-        for row, response in enumerate((pair.y, pair.y2)):
-            for t, token in enumerate(response):
-                logits_V = plain_logits(model, pair.prefix + response[:t])[-1]
-                logp_2B[row, b] += torch.log_softmax(logits_V / temperature, -1)[token]
-    return logp_2B
-
-
-def row_logps(model, pairs, temperature):
-    """Each response in a row of its own, unpadded, full logits, autograd's own log_softmax."""
-    rows = []
-    for response in (lambda p: p.y), (lambda p: p.y2):
-        for p in pairs:
-            ids = p.prefix + response(p)
-            logp_TV = torch.log_softmax(plain_logits(model, ids)[:-1] / temperature, -1)
-            rows.append(logp_TV.gather(1, torch.tensor(ids)[1:, None])[len(p.prefix) - 1 :].sum())
-    return torch.stack(rows).view(2, -1)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.8])
-def test_pair_logps_equal_a_token_by_token_loop(model, temperature):
-    """Bugs by name: shifted mask, end token outside the mask, log-probs at another temperature."""
-    pairs = random_pairs(6, longest=12)
-    assert torch.allclose(pair_logps(model, pairs, temperature), slow_logps(model, pairs, temperature), atol=1e-5)
-    assert not torch.allclose(pair_logps(model, pairs, temperature), pair_logps(model, pairs, 0.9), atol=1e-2)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.8])
-def test_packed_rows_equal_separate_rows_gradients_too(model, temperature):
-    pairs = random_pairs(12)
-    weight = torch.randn(2, 12, generator=torch.Generator().manual_seed(3))
-    packed, separate = pair_logps(model, pairs, temperature), row_logps(model, pairs, temperature)
-    assert packed.dtype == torch.float32 and torch.allclose(packed, separate, atol=1e-5)
-    parameters = list(model.parameters())
-    one = torch.autograd.grad((packed * weight).sum(), parameters)
-    two = torch.autograd.grad((separate * weight).sum(), parameters)
-    for a, b in zip(one, two):
-        assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max())
-
-
-def test_a_response_is_blind_to_its_twin_and_to_its_neighbours_in_the_row(model):
-    pairs = random_pairs(5)
-    logp_2B = pair_logps(model, pairs)
-    for row, name in ((0, "y2"), (1, "y")):
-        changed = [p._replace(**{name: [7] * len(getattr(p, name))}) for p in pairs]
-        assert torch.allclose(pair_logps(model, changed)[row], logp_2B[row], atol=1e-5)
-    assert torch.allclose(pair_logps(model, [pairs[0]]), logp_2B[:, :1], atol=1e-5)
-
-
-def test_attention_of_a_packed_row_equals_dense_attention_under_its_mask():
-    """With fewer key-value heads than query heads, empty responses and gradients; the mask by one rule a token."""
-    lengths, g = [(5, 3, 4), (2, 1, 0), (4, 0, 0), (1, 2, 6)], torch.Generator().manual_seed(0)
-    owner = [(i, branch) for i, pair in enumerate(lengths) for branch in range(3) for _ in range(pair[branch])]
-    T = len(owner)
-    sees = torch.tensor([[t <= s and b == a and d in (0, c) for t, (b, d) in enumerate(owner)]
-                         for s, (a, c) in enumerate(owner)])  # fmt: skip
-    q, k, v = (torch.randn(1, heads, T, 16, generator=g).requires_grad_() for heads in (4, 2, 2))
-    scores = (q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.3).masked_fill(~sees, -torch.inf)
-    dense = (scores.softmax(-1) @ v.repeat_interleave(2, 1)).transpose(1, 2)
-    ours, _ = refuel.pair_attention(None, q, k, v, None, lengths, scaling=0.3)
-    assert torch.allclose(ours, dense, atol=1e-6)
-    up = torch.randn(ours.shape, generator=g)
-    for a, b in zip(*(torch.autograd.grad(x, (q, k, v), up) for x in (ours, dense))):
-        assert torch.allclose(a, b, atol=1e-5)
-
-
-def test_a_model_with_another_attention_is_refused(model):
-    model.set_attn_implementation("sdpa")
-    with pytest.raises(RuntimeError, match="attend_in_pairs"):
-        pair_logps(model, random_pairs(2))
-
-
-def test_only_sampled_tokens_are_in_the_loss(model):
-    """Bug by name: user tokens in the loss. Another prefix's tokens are conditioned on, never scored."""
-    pair = random_pairs(1)[0]
-    _, _, _, where, target, owner = refuel.pack([pair])
-    assert target.tolist() == pair.y + pair.y2 and owner.tolist() == [0] * len(pair.y) + [1] * len(pair.y2)
-    assert where.min() == len(pair.prefix) - 1
-
-
-def test_blocked_logps_equal_autograds(monkeypatch):
-    monkeypatch.setitem(refuel.SelectedLogps.BLOCK, "cpu", (3, 4))  # of 8 tokens and 11 words
-    g = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(8, 5, generator=g, requires_grad=True), torch.randn(11, 5, generator=g).requires_grad_()
-    target, up = torch.randint(11, (8,), generator=g), torch.randn(8, generator=g)
-    ours = refuel.SelectedLogps.apply(hidden, weight, target, 0.8)
-    theirs = torch.log_softmax(hidden @ weight.T / 0.8, -1).gather(1, target[:, None])[:, 0]
-    assert torch.allclose(ours, theirs, atol=1e-6)
-    for a, b in zip(*(torch.autograd.grad(x, (hidden, weight), up) for x in (ours, theirs))):
-        assert torch.allclose(a, b, atol=1e-5)
-
-
-def test_no_tensor_of_all_tokens_by_the_vocabulary_lives(model, monkeypatch):
-    monkeypatch.setitem(refuel.SelectedLogps.BLOCK, "cpu", (16, 30))
-    pairs, kept = random_pairs(40), []
-    tokens = sum(len(p.y) + len(p.y2) for p in pairs)
-
-    def keep(tensor):
-        kept.append(tuple(tensor.shape))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        pair_logps(model, pairs).sum().backward()
-    assert tokens > 100 and (tokens, 96) in kept and not any(40 in shape and shape != (40, 96) for shape in kept)
+    return packing.attend_in_pairs(model)
 
 
 def test_micro_batches_keep_to_the_budget_and_every_rank_has_as_many(monkeypatch):
@@ -188,7 +75,7 @@ def test_micro_batches_keep_to_the_budget_and_every_rank_has_as_many(monkeypatch
         counts.add(len(micros))
         for micro, share in micros:
             assert share in (0, len(micro) / 23)
-            assert refuel.pack(micro)[0].numel() <= 100 or len(micro) == 1
+            assert packing.pack(micro)[0].numel() <= 100 or len(micro) == 1
             seen.update({id(p): 1 for p in micro if share})
     assert len(counts) == 1 and len(seen) == 23 and set(seen.values()) == {1}
 
@@ -338,7 +225,7 @@ def test_swapping_the_streams_swaps_the_pair(cfg):
 def test_a_reward_that_is_not_finite_stops_with_the_dialogue_that_made_it(cfg):
     talker = Talker()
     prompts = [Dialogue.start(talker.tokenizer, "go on") for _ in range(9)]
-    with pytest.raises(simulator.BadInput, match="not finite.*go on"):
+    with pytest.raises(files.BadInput, match="not finite.*go on"):
         collect(prompts, talker, talker, lambda ds: [float("nan")] * len(ds), cfg, np.random.default_rng(0))
 
 
@@ -363,7 +250,7 @@ def test_an_optimiser_made_after_a_forward_without_backward_trains_the_same_weig
         model = refuel.load_policy(base, cfg)
         old = refuel.with_old_logps(model if first else refuel.load_policy(base, cfg), pairs, cfg)
         regress(model, refuel.make_optimizer(model, cfg), old, replace(cfg, lr=1e-3))
-        trained.append({name: w.clone() for name, w in refuel.full_weights(model)})
+        trained.append({name: w.clone() for name, w in fsdp.full_weights(model)})
     assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
 
 
@@ -381,14 +268,14 @@ def test_a_stopped_training_goes_on_bit_for_bit(base, cfg, tmp_path):
     def train(until, first_step=0, model=None, optimizer=None):
         def stop(step, _):
             if step == until:
-                refuel.save_training(str(tmp_path), model, optimizer, step)
+                fsdp.save_training(str(tmp_path), model, optimizer, step)
                 raise KeyboardInterrupt
 
         try:
             regress(model, optimizer, old, cfg, first_step=first_step, after_step=stop)
         except KeyboardInterrupt:
             pass
-        return {name: w.clone() for name, w in refuel.full_weights(model)}
+        return {name: w.clone() for name, w in fsdp.full_weights(model)}
 
     def fresh():
         model = refuel.load_policy(base, cfg)
@@ -397,7 +284,7 @@ def test_a_stopped_training_goes_on_bit_for_bit(base, cfg, tmp_path):
     old = refuel.with_old_logps(fresh()[0], pairs, cfg)
     whole, half = train(None, 0, *fresh()), train(1, 0, *fresh())
     model, optimizer = fresh()
-    assert refuel.load_training(str(tmp_path), model, optimizer) == 2
+    assert fsdp.load_training(str(tmp_path), model, optimizer) == 2
     rest = train(None, 2, model, optimizer)
     assert all(torch.equal(whole[n], rest[n]) for n in whole) and any(not torch.equal(whole[n], half[n]) for n in whole)
 
@@ -408,9 +295,9 @@ def test_a_policy_folder_gives_back_the_weights_that_were_saved(base, cfg, tmp_p
     model = refuel.load_policy(base, cfg)
     regress(model, refuel.make_optimizer(model, cfg), random_pairs(8), cfg)
     path = str(tmp_path / "policy")
-    refuel.save_policy(path, model, base)
+    fsdp.save_policy(path, model, base)
     again, plain = refuel.load_policy(path, cfg), AutoModelForCausalLM.from_pretrained(path).state_dict()
-    for (name, a), (_, b) in zip(refuel.full_weights(model), refuel.full_weights(again)):
+    for (name, a), (_, b) in zip(fsdp.full_weights(model), fsdp.full_weights(again)):
         assert torch.equal(a, b) and torch.equal(a, plain[name])
     tokenizer = AutoTokenizer.from_pretrained(path)
     assert tokenizer.chat_template == toy.make_tokenizer().chat_template
@@ -427,10 +314,10 @@ def run_folder(path):
             file = os.path.join(folder, name)
             key = os.path.relpath(file, path)
             if name == "metrics.jsonl":
-                rows = simulator.read_lines(file)
+                rows = files.read_lines(file)
                 found[key] = [{k: v for k, v in r.items() if k not in ("seconds", "tokens", "tokens_per_second")} for r in rows]
             elif name == "results.json":
-                found[key] = {n: {k: v for k, v in r.items() if k != "command"} for n, r in simulator.read_json(file).items()}
+                found[key] = {n: {k: v for k, v in r.items() if k != "command"} for n, r in files.read_json(file).items()}
             elif name not in ("config.json", "win_rate.png"):
                 found[key] = open(file, "rb").read()
     return found
@@ -486,7 +373,7 @@ BAD = [  # flags, and a word of the one line
     ("--lr 0", "lr"),
     ("--temperature 0", "temperature"),
     ("--epochs 0", "epochs"),
-    ("--wave 0", "wave"),
+    ("--wave 0", "wave"), ("--eval-wave 0", "eval-wave"),
     ("--warmup 1", "warmup"),
     ("--weight-decay -1", "weight-decay"),
     ("--seed -1", "seed"),
@@ -553,11 +440,7 @@ def test_a_bad_flag_ends_the_command_itself_with_code_2():
 
 
 def test_nothing_reads_a_pickle_or_swallows_every_error():
-    for name in ("refuel.py", "simulator.py", "toy.py", "evaluate.py"):
-        text = open(os.path.join(ROOT, name)).read()
+    for name in glob.glob(os.path.join(ROOT, "*.py")):
+        text = open(name).read()
         for word in ("torch.load", "import pickle", "pickle.load", "except:", "trust_remote_code=True", "except Exception"):
             assert word not in text, (name, word)
-
-
-def test_lengths_of_a_pair_are_counted_once():
-    assert refuel.pair_length(Pair([1, 2], [3], [4, 5], (0, 0), 1, 1)) == 5

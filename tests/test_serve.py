@@ -9,11 +9,13 @@ from dataclasses import replace
 
 import pytest
 
+import files
 import serve
 import served
 import simulator
 from conftest import ROOT, make_asker
-from simulator import BadInput, Dialogue
+from files import BadInput
+from simulator import Dialogue
 
 
 @pytest.fixture
@@ -54,7 +56,7 @@ def test_a_run_that_is_ended_in_any_way_leaves_no_process_behind(tmp_path):
         runs[out] = served.start("tests/served.py", "rank", out, mark=out, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     assert served.wait_for(lambda: all(os.path.exists(os.path.join(out, "rank_0.json")) for out in runs), 60)
     for out, process in runs.items():
-        assert simulator.read_json(os.path.join(out, "rank_0.json"))[1] == [[0, "Question: go on", None]]
+        assert files.read_json(os.path.join(out, "rank_0.json"))[1] == [[0, "Question: go on", None]]
         assert server_and_child(served.alive(out)) == [1, 2, 1]  # the watchdog's line names the server too
         name = os.path.basename(out)
         process.send_signal(served.ENDS[name]) if name in served.ENDS else open(os.path.join(out, "end"), "w").close()
@@ -65,9 +67,9 @@ def test_a_run_that_is_ended_in_any_way_leaves_no_process_behind(tmp_path):
 def test_both_ranks_ask_the_nodes_one_server_and_nothing_outlives_their_torchrun(tmp_path):
     out = str(tmp_path)
     process = served.start(*served.TORCHRUN, "tests/served.py", "rank", out, mark=out, stderr=subprocess.DEVNULL)
-    files = [tmp_path / f"rank_{r}.json" for r in (0, 1)]
-    assert served.wait_for(lambda: all(file.exists() for file in files), 90)
-    (url, reply), other = map(simulator.read_json, files)
+    paths = [tmp_path / f"rank_{r}.json" for r in (0, 1)]
+    assert served.wait_for(lambda: all(path.exists() for path in paths), 90)
+    (url, reply), other = map(files.read_json, paths)
     assert [url, reply] == other and reply == [[0, "Question: go on", None]]
     assert server_and_child(served.alive(out)) == [1, 2, 1]
     process.kill()

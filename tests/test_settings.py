@@ -8,13 +8,16 @@ import pytest
 import torch
 
 import data
+import engines
 import evaluate
+import files
 import refuel
 import rewards
 import simulator
 from conftest import LLAMA3
-from simulator import BadInput, DataUser, Dialogue, LLMUser, next_question, rollout
-from test_evaluate import Scripted
+from files import BadInput
+from simulator import DataUser, Dialogue, LLMUser, next_question, rollout
+from test_judges import Scripted
 
 NAMES = {128000: "<|begin_of_text|>", 128001: "<|end_of_text|>", 128006: "<|start_header_id|>",
          128007: "<|end_header_id|>", 128009: "<|eot_id|>", 128256: "[PAD]"}  # fmt: skip
@@ -207,8 +210,8 @@ def test_a_reward_that_is_neither_kind_or_has_an_untrained_head_is_refused(base,
     with pytest.raises(BadInput, match="neither"):
         load(base)
     LlamaForCausalLM(llama_config(1)).save_pretrained(tmp_path)
-    simulator.copy_tokenizer(fsfairx, str(tmp_path))
-    config = simulator.read_json(tmp_path / "config.json") | {"architectures": ["LlamaForSequenceClassification"]}
+    files.copy_tokenizer(fsfairx, str(tmp_path))
+    config = files.read_json(tmp_path / "config.json") | {"architectures": ["LlamaForSequenceClassification"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadInput, match="trained head"):
         load(str(tmp_path))
@@ -275,7 +278,7 @@ def test_a_reply_without_a_question_is_asked_for_again_with_other_noise_and_no_m
 
 
 def test_a_dialogue_without_a_user_is_dropped_and_too_many_stop_the_run(base, cfg, tmp_path):
-    policy = simulator.load_engine(base, cfg)
+    policy = engines.load_engine(base, cfg)
     prompts = [Dialogue.start(policy.tokenizer, f"something {w} please", stream=(w,)) for w in ("red", "blue")]
     user = LLMUser(Script(lambda prompt, n: "" if "red" in prompt else "Question: go on"), 99, 1.0)
     assert [d.failed for d in rollout(prompts, policy, user, [2, 2])] == ["user", None]
@@ -484,11 +487,11 @@ def test_setting_one_runs_from_its_command_to_its_results(one, tmp_path, llama3)
     assert first["phase"] == "data" and first["dropped"]["duplicate"] == 8 and first["train"] == 10
     assert collect["pairs"] + sum(collect["dropped"].values()) == 8 and collect["pairs"] > 4 and last["loss"] > 0
     reward = rewards.load_reward(refuel.read_config(flags))
-    for row in simulator.read_lines(tmp_path / "run" / "iter_1" / "pairs.jsonl"):
+    for row in files.read_lines(tmp_path / "run" / "iter_1" / "pairs.jsonl"):
         for d, score in zip(row.get("dialogues", ()), row.get("rewards", ())):
             assert reward([Dialogue(**d)])[0] == pytest.approx(score, abs=1e-4)
             assert all(m["content"] == "and then?" for m in d["messages"][2::2]) and len(d["messages"]) == 2 * row["H"]
-    assert set(simulator.read_json(tmp_path / "run" / "results.json")) == {"base", "iter_1"}
+    assert set(files.read_json(tmp_path / "run" / "results.json")) == {"base", "iter_1"}
 
 
 def test_a_user_that_is_not_there_is_one_line_before_a_model_is_loaded(one, monkeypatch, capsys):

@@ -10,13 +10,18 @@ import torch
 import baselines
 import data
 import evaluate
+import files
+import fsdp
+import packing
+import processes
 import refuel
 import rewards
 import simulator
-from conftest import random_pairs
+from conftest import dialogue, random_pairs
 from simulator import Dialogue
-from test_evaluate import dialogue, last_number
-from test_refuel import Talker, row_logps, run_folder
+from test_evaluate import last_number
+from test_packing import row_logps
+from test_refuel import Talker, run_folder
 from test_settings import armo, fsfairx, hh, llama3, llama_config, ultra  # noqa: F401
 
 # --- Eq. 11 ------------------------------------------------------------------------------------------------------
@@ -46,10 +51,10 @@ def trained(base, cfg, path, **more):
     """A policy of which only the last layer has learned, as it lives and as its folder."""
     cfg = replace(cfg, train_layers=1, lr=1e-3, **more)
     model = refuel.load_policy(base, cfg)
-    pi_0 = {name: p.clone() for name, p in refuel.learned_weights(model).items()}
+    pi_0 = {name: p.clone() for name, p in fsdp.learned_weights(model).items()}
     optimizer = refuel.make_optimizer(model, cfg)
     refuel.regress(model, optimizer, random_pairs(24), cfg)
-    refuel.save_policy(path, model, base)
+    fsdp.save_policy(path, model, base)
     return model, pi_0, optimizer, cfg
 
 
@@ -61,7 +66,7 @@ def test_pi_0_and_pi_t_are_those_of_two_models_loaded_apart(base, cfg, tmp_path,
     model, pi_0, optimizer, cfg = trained(base, cfg, path, activation_checkpointing=checkpointing)
     pairs = random_pairs(9, seed=1)
     ours = lambda: torch.tensor([p.logps for p in refuel.with_old_logps(model, pairs, cfg)]).T  # noqa: E731
-    with refuel.exchanged(model, pi_0):
+    with fsdp.exchanged(model, pi_0):
         first = ours()
     last = ours()
     for found, folder in ((first, base), (last, path)):
@@ -73,10 +78,10 @@ def test_pi_0_and_pi_t_are_those_of_two_models_loaded_apart(base, cfg, tmp_path,
 def test_only_the_last_layers_change_and_only_they_have_a_state(base, cfg, tmp_path):
     path = str(tmp_path / "policy")
     model, _, optimizer, _ = trained(base, cfg, path)
-    before, after = dict(simulator.read_weights(base)), dict(simulator.read_weights(path))
+    before, after = dict(files.read_weights(base)), dict(files.read_weights(path))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if name.startswith("model.layers.2.")} and len(moved) == 9
-    assert len(optimizer.state) == len(moved) and len(refuel.training_state(model, optimizer)) == 4 * len(moved)
+    assert len(optimizer.state) == len(moved) and len(fsdp.training_state(model, optimizer)) == 4 * len(moved)
     assert all(p.grad is None for name, p in model.named_parameters() if name not in moved)
 
 
@@ -92,8 +97,8 @@ def updates(base, cfg, tmp_path):
 
     def run(name, stop=None):
         own = replace(cfg, out=str(tmp_path / name))
-        refuel.open_run(own)
-        speakers[0].update(simulator.read_weights(base))
+        processes.open_run(own)
+        speakers[0].update(files.read_weights(base))
         refuel.train(own, speakers)
         return own.out
 
@@ -128,7 +133,7 @@ def test_updates_are_one_training_as_written_down_once_more_with_plain_torch(bas
             optimizer.step()
     cut = [any(d.truncated) for pairs in seen for p in pairs for d in p.dialogues]
     assert True in cut and False in cut
-    end = dict(simulator.read_weights(os.path.join(out, "iter_5", "policy")))
+    end = dict(files.read_weights(os.path.join(out, "iter_5", "policy")))
     assert max((p - end[name]).abs().max() for name, p in model.named_parameters()) < 1e-4
     assert max((p - end[name]).abs().max() for name, p in first.named_parameters()) > 4e-3
 
@@ -159,11 +164,11 @@ def test_the_folder_stays_small_and_a_stopped_run_goes_on_exactly(updates, monke
 
 
 def test_a_state_of_other_ranks_is_refused_before_anything_is_loaded(cfg):
-    refuel.open_run(cfg)
+    processes.open_run(cfg)
     os.makedirs(os.path.join(cfg.out, "training"))
-    simulator.write_file(os.path.join(cfg.out, "training", "step.json"), json.dumps({"step": 2, "ranks": 8}))
-    with pytest.raises(simulator.BadInput, match="by 8 processes"):
-        refuel.prepare(cfg)
+    files.write_file(os.path.join(cfg.out, "training", "step.json"), json.dumps({"step": 2, "ranks": 8}))
+    with pytest.raises(files.BadInput, match="by 8 processes"):
+        processes.prepare(cfg)
 
 
 def test_a_pass_shows_every_prompt_before_any_comes_again(cfg):
@@ -198,7 +203,7 @@ def test_log_probs_of_dialogues_of_many_lengths_are_those_of_each_alone(model):
     tokenizer = Talker().tokenizer
     some = [Dialogue.start(tokenizer, "go on").add_answer(tokenizer, [7, 2])]
     some.append(some[0].until(1).add_user(tokenizer, "not sure").add_answer(tokenizer, [9, 9, 2]))
-    logp_NH = evaluate.dialogue_logps(refuel.attend_in_pairs(model), some, 0.8)
+    logp_NH = evaluate.dialogue_logps(packing.attend_in_pairs(model), some, 0.8)
     for d, row in zip(some, logp_NH):
         pairs = [refuel.Pair(d.reset(h).ids, d.answer(h), [2], (0, 0), h, h) for h in range(1, len(d.spans) + 1)]
         assert np.allclose(row[: len(d.spans)], row_logps(model, pairs, 0.8)[0].detach(), atol=1e-5)
@@ -252,9 +257,9 @@ def test_setting_two_runs_from_its_command_to_its_results(two, tmp_path, capsys)
     said = [[x for q in questions(i) for x in (q, "yes")] for i in range(18)]
     flags = two([hh(*row) for row in said] + [hh("x" * 200, "a")], "hh.jsonl", "--max-new-tokens 3 --penalty 0")
     refuel.main(flags)
-    rows = simulator.read_lines(tmp_path / "run" / "metrics.jsonl")
+    rows = files.read_lines(tmp_path / "run" / "metrics.jsonl")
     assert rows[0]["phase"] == "data" and rows[0]["dropped"] == {"question too long": 1}
-    cfg = simulator.read_json(tmp_path / "run" / "config.json")
+    cfg = files.read_json(tmp_path / "run" / "config.json")
     assert cfg["iterations"] == rows[0]["train"] // 4 == 3  # one pass, whatever its size
     for t in (1, 2, 3):
         mine = {r["phase"]: r for r in rows if r["iteration"] == t}
@@ -263,10 +268,10 @@ def test_setting_two_runs_from_its_command_to_its_results(two, tmp_path, capsys)
         assert (logps["kl_0"] == 0.0) == (t == 1)
         steps = [r for r in rows if r["iteration"] == t and r["phase"] == "regress"]
         assert len(steps) == 4 and len({r["lr"] for r in steps}) == 1
-    results = simulator.read_json(tmp_path / "run" / "results.json")
+    results = files.read_json(tmp_path / "run" / "results.json")
     assert set(results) == {"base", "iter_2", "iter_3"} and len(results["iter_3"]["win"]) == 1
     assert results["base"]["kl"] == 0.0 != results["iter_3"]["kl"]
-    played = [Dialogue.from_json(r) for r in simulator.read_lines(tmp_path / "run" / "eval" / "iter_3.jsonl")]
+    played = [Dialogue.from_json(r) for r in files.read_lines(tmp_path / "run" / "eval" / "iter_3.jsonl")]
     for d in played:
         asked = [m["content"] for m in d.messages[::2]]
         assert asked == questions(int(asked[0].split()[1])) and len(d.messages) == 2 * len(asked)

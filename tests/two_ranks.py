@@ -8,11 +8,15 @@ sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.p
 from dataclasses import replace
 from functools import partial
 
+import processes  # first: it sets what torch reads when it is imported
+
 import data
+import fsdp
 import refuel
 import torch
 from conftest import random_pairs
-from refuel import pair_logps, rank, world
+from files import rank, world
+from packing import pair_logps
 
 
 def results(base, cfg):
@@ -30,15 +34,15 @@ def results(base, cfg):
                 found[f"{key}/grad/{name}"] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
     model = refuel.load_policy(base, cfg)
     refuel.regress(model, refuel.make_optimizer(model, cfg), random_pairs(19), cfg)  # 8, 8 and a last batch of 3
-    for name, whole in refuel.full_weights(model):
+    for name, whole in fsdp.full_weights(model):
         found[f"trained/{name}"] = whole
     last = replace(cfg, train_layers=1)
     model = refuel.load_policy(base, last)
-    pi_0 = {name: p.clone() for name, p in refuel.learned_weights(model).items()}
+    pi_0 = {name: p.clone() for name, p in fsdp.learned_weights(model).items()}
     refuel.regress(model, refuel.make_optimizer(model, last), random_pairs(19), last)
-    with refuel.exchanged(model, pi_0):
+    with fsdp.exchanged(model, pi_0):
         found["pi_0"] = torch.tensor([p.logps for p in refuel.with_old_logps(model, random_pairs(9), last)]).T
-    for name, whole in refuel.full_weights(model):
+    for name, whole in fsdp.full_weights(model):
         found[f"last/{name}"] = whole.clone()
     return {name: tensor.clone().contiguous() for name, tensor in found.items()}
 
@@ -50,7 +54,7 @@ if __name__ == "__main__":
     flags = f"--setting toy --policy {base} --batch-size 8 --micro-tokens 128 --lr 1e-3 --eta 1 --out {out}"
     flags += " --num-prompts 40 --wave 8 --engine transformers"
     cfg = refuel.read_config([*flags.split(), *more])
-    refuel.start_processes()
+    processes.start_processes()
     found = results(base, cfg)
     policy, user, reward = refuel.load_speakers(base, cfg)
     collect = partial(refuel.collect, policy=policy, user=user, reward=reward, cfg=cfg)

@@ -1,0 +1,243 @@
+"""The engines that sample: token ids in, sampled ids out, by vLLM or by transformers (sections 2 and 4.2).
+
+The policy's lives on each rank through the whole run; its weights are replaced in place after each iteration.
+
+Dimension key: B dialogues, T tokens, V vocabulary.
+"""
+import importlib.util
+import math
+from collections import Counter
+
+from files import BadInput, local_rank, world
+from simulator import load_tokenizer, stop_tokens
+
+
+class Engine:
+    """A checkpoint that samples: temperature only, no top-p, no top-k, no repetition penalty.
+
+    generate(prompts, seeds, limits) -> [(ids, truncated, logp)]    ids end with the end token unless truncated
+    sleep()                     leaves the GPU until the next update
+    update(weights)             new weights in place: an iterable of (name, tensor) in the checkpoint's names
+    tokens                      what was computed: prefill (padding included), decode; and cached, what was not
+    """
+
+    def __init__(self, path, max_new_tokens, temperature, max_length):
+        self.tokenizer = load_tokenizer(path)
+        self.max_new_tokens, self.temperature, self.max_length = max_new_tokens, temperature, max_length
+        self.stop, self.tokens = stop_tokens(path, self.tokenizer), Counter()
+
+    def answer(self, dialogues):
+        """One assistant turn for each dialogue; None where prompt and answer might not fit the context."""
+        limits = [min(d.limit or self.max_new_tokens, self.max_new_tokens) for d in dialogues]
+        fits = [len(d.ids) + n <= self.max_length for d, n in zip(dialogues, limits)]
+        rows = [(d.ids, d.seed("policy"), n) for d, n, fit in zip(dialogues, limits, fits) if fit]
+        answers = iter(self.generate(*zip(*rows)) if rows else ())
+        return [next(answers) if fit else None for fit in fits]
+
+
+class TransformersEngine(Engine):
+    """transformers' generate: runs everywhere, slowly. Left-padded batches, sorted by length.
+
+    The keys and values of the last batch are kept: dialogues that all go on from it, as they do turn by turn within a
+    wave, compute only what is new to them."""
+
+    def __init__(self, path, max_new_tokens, temperature, max_length, batch=512):
+        super().__init__(path, max_new_tokens, temperature, max_length)
+        import torch
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        cuda = torch.cuda.is_available()
+        self.device, self.batch = torch.device("cuda", local_rank()) if cuda else torch.device("cpu"), batch
+        dtype = torch.bfloat16 if cuda else torch.float32
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+        self.model = self.model.to(self.device).eval()
+        # a checkpoint's own sampling habits (top-p, penalties, forced tokens) must not leak into the behaviour policy
+        self.model.generation_config = GenerationConfig()
+        self.past = None
+
+    def generate(self, prompts, seeds, limits):
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        answers = {}
+        for start in range(0, len(order), self.batch):
+            rows = order[start : start + self.batch]
+            answers.update(zip(rows, self.generate_batch(*([x[i] for i in rows] for x in (prompts, seeds, limits)))))
+        return [answers[i] for i in range(len(prompts))]
+
+    def generate_batch(self, prompts, seeds, limits):
+        import torch
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        held, held_BT, cache = self.continued(prompts)
+        fresh, pad = [p[n:] for p, n in zip(prompts, held)], self.stop[0]
+        length = max(map(len, fresh))
+        ids_BT = torch.tensor([[pad] * (length - len(p)) + p for p in fresh], device=self.device)
+        mask_BT = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in fresh], device=self.device)
+        mask_BT = torch.cat([held_BT, mask_BT], dim=1)
+        sampler = SeededSampler(seeds, self.temperature)
+        with torch.no_grad():
+            out = self.model.generate(
+                input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache,
+                logits_processor=LogitsProcessorList([sampler]),
+                generation_config=GenerationConfig(max_new_tokens=max(limits), do_sample=False, eos_token_id=self.stop,
+                                                   pad_token_id=pad, return_dict_in_generate=True),
+            )  # fmt: skip
+        logp_BT = torch.stack(sampler.logps, 1).tolist()
+        self.tokens.update(prefill=ids_BT.numel(), decode=len(prompts) * (len(sampler.logps) - 1))
+        answers = []
+        for ids, logps, limit in zip(out.sequences[:, length:].tolist(), logp_BT, limits):
+            end = next((t + 1 for t, i in enumerate(ids[:limit]) if i in self.stop), None)
+            answers.append((ids[: end or limit], end is None, sum(logps[: end or limit])))
+        said_BT = torch.tensor([[t + 1 < len(ids) for t in range(len(sampler.logps) - 1)] for ids, _, _ in answers],
+                               dtype=mask_BT.dtype, device=self.device)  # fmt: skip  (the last token was not fed)
+        rows = {tuple(p + ids[:-1]): i for i, (p, (ids, _, _)) in enumerate(zip(prompts, answers))}
+        self.past = rows, torch.cat([mask_BT, said_BT], dim=1), out.past_key_values
+        return answers
+
+    def continued(self, prompts):
+        """How many ids of each prompt the last batch has computed, their mask (left-padded), and their keys and values;
+        none unless every prompt goes on from one of its rows."""
+        import torch
+        from transformers.cache_utils import DynamicLayer
+
+        (rows, mask_BT, cache), self.past = self.past or ({}, None, None), None
+        lengths = sorted(set(map(len, rows)), reverse=True)
+        found = [next((p[:n] for n in lengths if n < len(p) and tuple(p[:n]) in rows), []) for p in prompts]
+        if not all(found) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return [0] * len(prompts), torch.zeros(len(prompts), 0, dtype=torch.long, device=self.device), None
+        index_B = torch.tensor([rows[tuple(ids)] for ids in found], device=self.device)
+        held, held_BT = list(map(len, found)), mask_BT[index_B]
+        column_BT = held_BT.argsort(dim=1, stable=True)[:, -max(held) :]  # what is padding goes to the left
+        for layer in cache.layers:
+            for name in ("keys", "values"):
+                old = getattr(layer, name)
+                where = column_BT[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3])
+                setattr(layer, name, old[index_B].gather(2, where))
+        return held, held_BT.gather(1, column_BT), cache
+
+    def sleep(self):
+        self.past = None
+        self.model.to("cpu")
+
+    def update(self, weights):
+        import torch
+
+        self.past = None
+        self.model.to(self.device)
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in weights:
+                if name in parameters:  # a tied lm_head.weight is its embedding
+                    parameters[name].copy_(tensor)
+
+
+class SeededSampler:
+    """Samples inside greedy generate by the Gumbel-max trick, each row by its own generator.
+
+    argmax(logp - ln E) with E ~ Exp(1) is a draw from softmax; generate's own sampling knows one seed a batch."""
+
+    def __init__(self, seeds, temperature):
+        import torch
+
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.temperature, self.logps = temperature, []
+
+    def __call__(self, ids_BT, logits_BV):
+        import torch
+
+        logp_BV = torch.log_softmax(logits_BV.float() / self.temperature, -1)
+        noise_BV = torch.stack([torch.empty(logp_BV.shape[1]).exponential_(generator=g) for g in self.generators])
+        choice_B = (logp_BV - noise_BV.log().to(logp_BV.device)).argmax(-1)
+        self.logps.append(logp_BV.gather(1, choice_B[:, None])[:, 0])
+        return torch.full_like(logits_BV, -math.inf).scatter_(1, choice_B[:, None], 0.0)
+
+
+class VLLMEngine(Engine):
+    """vLLM inside the training process, one engine a rank; weights are replaced in place, the prefix cache dropped.
+
+    Paged KV cache with prefix caching: a later turn finds its dialogue cached, so only new tokens are computed."""
+
+    def __init__(self, path, max_new_tokens, temperature, max_length, memory=None):
+        super().__init__(path, max_new_tokens, temperature, max_length)
+        import torch
+
+        threads = torch.set_num_threads  # the CPU engine replaces it by a no-op
+        from vllm import LLM
+
+        if torch.cuda.is_available():
+            options = dict(dtype="bfloat16", gpu_memory_utilization=memory, enable_sleep_mode=True)
+            if world() > 1:  # takes LOCAL_RANK's device, the plain form device 0
+                options["distributed_executor_backend"] = "external_launcher"
+        else:  # seeded requests crash the CPU build when a prefill is cut into chunks
+            room = max(128 << 20, 8 * max_length * cache_bytes(path))
+            options = dict(dtype="float32", enforce_eager=True, kv_cache_memory_bytes=room, block_size=32,
+                           enable_chunked_prefill=False, max_num_batched_tokens=max(max_length, 8192))  # fmt: skip
+        self.asleep = False
+        self.engine = LLM(str(path), max_model_len=max_length, max_num_seqs=256, seed=0, generation_config="vllm",
+                          enable_prefix_caching=True, logprobs_mode="processed_logprobs", skip_tokenizer_init=True,
+                          disable_log_stats=True, **options)  # fmt: skip
+        torch.set_num_threads = threads
+
+    def generate(self, prompts, seeds, limits):
+        from vllm import SamplingParams
+
+        # ignore_eos: only our own stop tokens end an answer, the same ones for both engines
+        params = [SamplingParams(max_tokens=limit, temperature=self.temperature, seed=seed, logprobs=0,
+                                 stop_token_ids=self.stop, ignore_eos=True, detokenize=False)
+                  for seed, limit in zip(seeds, limits)]  # fmt: skip
+        outputs = self.engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        answers = []
+        for whole, out in ((o, o.outputs[0]) for o in outputs):
+            cached, read = whole.num_cached_tokens, len(whole.prompt_token_ids)
+            self.tokens.update(prefill=read - cached, cached=cached, decode=len(out.token_ids) - 1)
+            logp = sum(step[i].logprob for i, step in zip(out.token_ids, out.logprobs))
+            answers.append((list(out.token_ids), out.finish_reason == "length", logp))
+        return answers
+
+    def sleep(self):
+        """Leave the GPU to the trainer, weights and cache dropped, until new weights come. (On a CPU: nothing.)"""
+        import torch
+
+        if torch.cuda.is_available() and not self.asleep:
+            self.engine.sleep(level=2)
+            self.asleep = True
+
+    def update(self, weights):
+        import torch
+
+        if self.asleep:
+            torch.cuda.empty_cache()  # what the trainer's allocator keeps is not the engine's yet
+            self.engine.wake_up(tags=["weights"])
+        self.engine.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(weights)))
+        if self.asleep:
+            torch.cuda.empty_cache()
+            self.engine.wake_up(tags=["kv_cache"])
+            self.asleep = False
+        self.engine.reset_prefix_cache()  # without it the next answers are computed from the old policy's cache
+
+
+def cache_bytes(path):
+    """Bytes of keys and values of one token in float32."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    return 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+
+
+def gpu_share(cfg, who):
+    """The part of a GPU's memory that vLLM may take for the policy or the user; plan.py computes it."""
+    import plan
+    import torch
+
+    return plan.share(cfg, who) if torch.cuda.is_available() else None
+
+
+def load_engine(path, cfg, who="policy"):
+    """The engine that `cfg.engine` names, over one checkpoint; auto takes vLLM where it is installed."""
+    name = cfg.engine
+    if name == "auto":
+        name = "vllm" if importlib.util.find_spec("vllm") else "transformers"
+    if name == "vllm" and not importlib.util.find_spec("vllm"):
+        raise BadInput("--engine vllm: vllm is not installed (pip install -r requirements-gpu.txt)")
+    engine = {"vllm": VLLMEngine, "transformers": TransformersEngine}[name]
+    more = dict(memory=gpu_share(cfg, who)) if name == "vllm" else {}
+    return engine(path, cfg.max_new_tokens, cfg.temperature, cfg.max_length, **more)

