@@ -43,7 +43,7 @@ def attempt(how, argv, seen):
         return writing(path)
 
     def no_line(path, row):
-        fill(f"a line of {os.path.basename(path)}")
+        fill(f"{os.path.basename(path)}:line")
         append(path, row)
 
     def die(moment, target):

@@ -58,7 +58,7 @@ def test_a_disk_that_is_full_at_any_write_is_one_line_and_with_room_the_run_goes
     met = re.search(r"stops (\d+): (.*)", done.stdout)
     for kind in ("config.json", "metrics.jsonl", "N.jsonl", "pairs.jsonl", "logps.jsonl", "step_N_rank_N.safetensors",
                  "step.json", "step_N", "policy", "base.json", "iter_N.jsonl", "results.json", "win_rate.png",
-                 "a line of metrics.jsonl"):  # fmt: skip
+                 "metrics.jsonl:line"):  # fmt: skip
         assert f"'{kind}'" in met[2], kind
     lines = [line for line in done.stderr.splitlines() if line.startswith("refuel.py: cannot write ")]
     assert len(lines) == int(met[1]) >= 13 and "Traceback" not in done.stderr
