@@ -67,19 +67,16 @@ class TransformersEngine(Engine):
         import torch
         from transformers import GenerationConfig, LogitsProcessorList
 
-        held, held_BT, cache = self.continued(prompts)
-        fresh, pad = [p[n:] for p, n in zip(prompts, held)], self.stop[0]
-        length = max(map(len, fresh))
-        ids_BT = torch.tensor([[pad] * (length - len(p)) + p for p in fresh], device=self.device)
-        mask_BT = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in fresh], device=self.device)
-        mask_BT = torch.cat([held_BT, mask_BT], dim=1)
+        held, held_BT, cache = self.continued(prompts) or self.read(prompts)
+        ids_BT, mask_BT = self.padded([p[n:] for p, n in zip(prompts, held)])
+        length, mask_BT = ids_BT.shape[1], torch.cat([held_BT, mask_BT], dim=1)
         sampler = SeededSampler(seeds, self.temperature)
         with torch.no_grad():
             out = self.model.generate(
                 input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache,
                 logits_processor=LogitsProcessorList([sampler]),
                 generation_config=GenerationConfig(max_new_tokens=max(limits), do_sample=False, eos_token_id=self.stop,
-                                                   pad_token_id=pad, return_dict_in_generate=True),
+                                                   pad_token_id=self.stop[0], return_dict_in_generate=True),
             )  # fmt: skip
         logp_BT = torch.stack(sampler.logps, 1).tolist()
         self.tokens.update(prefill=ids_BT.numel(), decode=len(prompts) * (len(sampler.logps) - 1))
@@ -93,9 +90,17 @@ class TransformersEngine(Engine):
         self.past = rows, torch.cat([mask_BT, said_BT], dim=1), out.past_key_values
         return answers
 
+    def padded(self, rows):
+        """Ids and mask of rows of several lengths, (B, T), padded on the left."""
+        import torch
+
+        length = max(map(len, rows))
+        ids_BT = torch.tensor([[self.stop[0]] * (length - len(row)) + row for row in rows], device=self.device)
+        return ids_BT, torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
+
     def continued(self, prompts):
         """How many ids of each prompt the last batch has computed, their mask (left-padded), and their keys and values;
-        none unless every prompt goes on from one of its rows."""
+        None unless every prompt goes on from one of its rows."""
         import torch
         from transformers.cache_utils import DynamicLayer
 
@@ -103,7 +108,7 @@ class TransformersEngine(Engine):
         lengths = sorted(set(map(len, rows)), reverse=True)
         found = [next((p[:n] for n in lengths if n < len(p) and tuple(p[:n]) in rows), []) for p in prompts]
         if not all(found) or any(type(layer) is not DynamicLayer for layer in cache.layers):
-            return [0] * len(prompts), torch.zeros(len(prompts), 0, dtype=torch.long, device=self.device), None
+            return None
         index_B = torch.tensor([rows[tuple(ids)] for ids in found], device=self.device)
         held, held_BT = list(map(len, found)), mask_BT[index_B]
         column_BT = held_BT.argsort(dim=1, stable=True)[:, -max(held) :]  # what is padding goes to the left
@@ -113,6 +118,32 @@ class TransformersEngine(Engine):
                 where = column_BT[:, None, :, None].expand(-1, old.shape[1], -1, old.shape[3])
                 setattr(layer, name, old[index_B].gather(2, where))
         return held, held_BT.gather(1, column_BT), cache
+
+    def read(self, prompts, lot=64):
+        """The same of new prompts: all ids but the last, in lots of like lengths (prompts are sorted), so that after a
+        reset a dialogue of one turn is not padded to five."""
+        import torch
+        from torch.nn.functional import pad
+        from transformers.cache_utils import DynamicLayer
+
+        lots, held_BT = [], self.padded([p[:-1] for p in prompts])[1]
+        for start in range(0, len(prompts), lot):
+            ids_BT, mask_BT = self.padded([p[:-1] for p in prompts[start : start + lot]])
+            position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+            with torch.no_grad():
+                out = self.model.base_model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=position_BT, use_cache=True)
+            self.tokens.update(prefill=ids_BT.numel())
+            lots.append(out.past_key_values.layers)
+        if any(type(layer) is not DynamicLayer for layers in lots for layer in layers):
+            return [0] * len(prompts), held_BT[:, :0], None
+        for same in zip(*lots):
+            for name in ("keys", "values"):
+                parts = [getattr(layer, name) for layer in same]
+                whole = torch.cat([pad(x, (0, 0, held_BT.shape[1] - x.shape[2], 0)) for x in parts])
+                setattr(same[0], name, whole)
+        cache = out.past_key_values
+        cache.layers = lots[0]
+        return [len(p) - 1 for p in prompts], held_BT, cache
 
     def sleep(self):
         self.past = None

@@ -7,7 +7,6 @@ and tokenised again between turns. Roll-in and roll-out are one function, `rollo
 
 Dimension key: H turns.
 """
-import copy
 import functools
 import hashlib
 import importlib.util
@@ -120,7 +119,7 @@ class Dialogue:
         return self.cut(self.spans[h - 1][1], h, 2 * h)
 
     def cut(self, tokens, answers, messages):
-        return Dialogue(self.ids[:tokens], self.spans[:answers], copy.deepcopy(self.messages[:messages]),
+        return Dialogue(self.ids[:tokens], self.spans[:answers], [m.copy() for m in self.messages[:messages]],
                         self.truncated[:answers], self.logps[:answers], self.secret, self.stream, self.limit)  # fmt: skip
 
     def answer(self, h):
