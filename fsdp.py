@@ -34,8 +34,8 @@ def load_policy(path, cfg):
     if cfg.train_layers:  # Paper: the last four layers. (Released code: the last norm and lm_head besides.)
         model.requires_grad_(False)
         model.model.layers[-cfg.train_layers :].requires_grad_(True)
-    if cfg.activation_checkpointing:
-        checkpoint_activations(model)
+    if cfg.activation_checkpointing != "none":
+        checkpoint_activations(model, cfg.activation_checkpointing)
     shard(model, cfg.replicas)
     model.to_empty(device=device())
     # buffers that no checkpoint holds (rotary frequencies) are garbage after to_empty
@@ -49,15 +49,16 @@ PRODUCTS = {torch.ops.aten.mm.default} | {
     for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")}  # fmt: skip
 
 
-def checkpoint_activations(model):
-    """Of a layer the results of matrix products and of attention are kept for the backward; norms, rotations and gates
-    are computed again: half of the memory, and nothing that costs FLOPs runs twice."""
+def checkpoint_activations(model, kind):
+    """selective: of a layer the results of matrix products and of attention are kept for the backward; norms, rotations
+    and gates are computed again: half of the memory, and nothing that costs FLOPs runs twice. full: its input alone is
+    kept, and its forward runs again: the least memory, and up to a third more FLOPs."""
 
     def keep_products(_, op, *args, **kwargs):
         return CheckpointPolicy.MUST_SAVE if op in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
-    kept = partial(create_selective_checkpoint_contexts, keep_products)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": kept})
+    kept = {"context_fn": partial(create_selective_checkpoint_contexts, keep_products)} if kind == "selective" else {}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False} | kept)
     model.disable_input_require_grads()  # transformers would go back through layers that do not learn
     for layer in model.model.layers:  # one that does not learn keeps nothing by itself, but its products if told to
         layer.gradient_checkpointing = next(layer.parameters()).requires_grad

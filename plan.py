@@ -138,8 +138,9 @@ def trainer(m, cfg, shards, ranks, pair, c=2):
     T = min(cfg.micro_tokens, mine)
     N = T * pair[1] / pair[0]
     passed = c * T * (9 * m.D + 2 * m.groups * m.head_dim + 4 * m.I)  # what one layer keeps for its backward
-    products = c * T * (5 * m.D + 2 * m.groups * m.head_dim + 2 * m.I)  # checkpoint_activations keeps these
-    kept = (cfg.train_layers or m.layers) * (products if cfg.activation_checkpointing else passed) + (c + 4) * N * m.D
+    held = {"none": passed, "full": c * T * m.D,  # of a layer, until its backward
+            "selective": c * T * (5 * m.D + 2 * m.groups * m.head_dim + 2 * m.I)}[cfg.activation_checkpointing]  # fmt: skip
+    kept = (cfg.train_layers or m.layers) * held + (c + 4) * N * m.D
     work = passed * 0.6  # a forward that keeps nothing
     gradients, moments = 4 * learned / shards, 8 * learned / shards
     gathered = c * R + 2 * c * m.layer
@@ -147,7 +148,7 @@ def trainer(m, cfg, shards, ranks, pair, c=2):
     # backward begins with the head, goes through the layers, and ends with the root's gradients, whole and unreduced;
     # gradients of an earlier micro-batch are there from the beginning
     head_step = c * R + kept + (4 + c % 4) * head
-    layer_step = gathered + c * head + kept + (passed - products if cfg.activation_checkpointing else 0) + (c + 4) * m.layer
+    layer_step = gathered + c * head + kept + passed - held + (c + 4) * m.layer
     root_step = 0 if cfg.train_layers else c * R + (c % 4 * R if shards == 1 else (c + 4) * R)
     earlier = gradients if mine > T else 0
     between = moments + gradients if cfg.policy_every else 0  # setting two's moments and pi_0 outlive an update

@@ -84,7 +84,7 @@ class Config:
     batch_size: int  # pairs a step, over all ranks
     epochs: int  # passes over an iteration's pairs
     micro_tokens: int  # tokens of one forward and backward on one rank
-    activation_checkpointing: bool
+    activation_checkpointing: str  # what of a layer runs again in the backward: none, selective (no product), full
     replicas: int  # copies of the weights; 1: sharded over all ranks; the number of nodes: within each node
     checkpoint_steps: int  # steps (setting two: updates) between two saved training states
     snapshot_steps: int  # steps between two policies kept for Figure 2; 0: none
@@ -100,8 +100,8 @@ SETTINGS = {
         user_model="", user_temperature=0.8, user_tokens=64, max_failures=0.05, reward_tokens=256, max_dialogue=256,
         iterations=2, num_prompts=2048, policy_every=0, max_turns=5, max_new_tokens=16, max_length=256, temperature=1.0,
         eta=30.0, gamma=0.0, penalty=0.0, train_layers=0, lr=1e-4, warmup=0.1, weight_decay=1e-6, batch_size=32,
-        epochs=1, micro_tokens=4096, activation_checkpointing=False, replicas=1, checkpoint_steps=50, snapshot_steps=0,
-        wave=512, eval_wave=512, eval_dialogues=1000,
+        epochs=1, micro_tokens=4096, activation_checkpointing="none", replicas=1, checkpoint_steps=50,
+        snapshot_steps=0, wave=512, eval_wave=512, eval_dialogues=1000,
     ),
     "one": dict(
         policy="meta-llama/Meta-Llama-3-8B-Instruct",  # section 4.2; the reference is pi_1 itself
@@ -121,7 +121,7 @@ SETTINGS = {
         eta=1e3, lr=3e-7, warmup=0.1, weight_decay=1e-6, batch_size=128, epochs=1,  # the released README; C.3
         gamma=0.0, penalty=0.0, train_layers=0,  # C.1: Eq. 11 is setting two's, and all layers are trained
         micro_tokens=3072,  # ours: no pair is longer (2,048 and another answer); see --plan for the memory
-        activation_checkpointing=True, replicas=1,
+        activation_checkpointing="selective", replicas=1,
         checkpoint_steps=50, snapshot_steps=0,
         # ours: as many as the cache beside the user's part of an 80-GB GPU holds to their end, see --plan
         wave=64, eval_wave=64,
@@ -145,7 +145,7 @@ SETTINGS = {
         eta=1.0, lr=3e-7, weight_decay=1e-6,  # the released README; linear to 0 as the released code
         gamma=0.0, penalty=-4.0,  # the released README for UltraInteract
         train_layers=4,  # C.1
-        warmup=0.0, micro_tokens=8192, activation_checkpointing=True, replicas=1, snapshot_steps=0,
+        warmup=0.0, micro_tokens=8192, activation_checkpointing="selective", replicas=1, snapshot_steps=0,
         wave=4, eval_wave=64,  # ours: 8 ranks share 32 prompts, and 500 in the evaluation
         eval_dialogues=500,  # section 4.3
     ),
@@ -591,20 +591,13 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
-def boolean(text):
-    if text not in ("true", "false"):
-        raise ValueError
-    return text == "true"
-
-
 def read_config(argv, description=__doc__, **more):
     """The configuration of a command line: the setting's values, each replaced by its flag. more: other flags of a
     script, name=dict of add_argument's options, returned beside it."""
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
-        kind = boolean if f.type is bool else f.type
         name = "--" + f.name.replace("_", "-")
-        parser.add_argument(name, type=kind, default=argparse.SUPPRESS, metavar=f.type.__name__)
+        parser.add_argument(name, type=f.type, default=argparse.SUPPRESS, metavar=f.type.__name__)
     for name, options in more.items():
         parser.add_argument("--" + name.replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
@@ -633,6 +626,7 @@ def check(cfg):
     rules["max_failures"] = (lambda v: 0 <= v <= 1, "a share of the dialogues, in [0, 1]")
     rules["warmup"] = (lambda v: 0 <= v < 1, "a share of the steps, in [0, 1)")
     rules["engine"] = (lambda v: v in ("auto", "vllm", "transformers"), "auto, vllm or transformers")
+    rules["activation_checkpointing"] = (lambda v: v in ("none", "selective", "full"), "none, selective or full")
     rules["max_length"] = (lambda v: v > cfg.max_new_tokens, f"more than --max-new-tokens {cfg.max_new_tokens}")
     rules["batch_size"] = (lambda v: 0 < v <= cfg.num_prompts, f"in 1..{cfg.num_prompts}, the number of prompts")
     for name, (good, words) in rules.items():

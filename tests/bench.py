@@ -113,7 +113,7 @@ def make_model(name, device):
         model = LlamaForCausalLM(config)
     if device == "cuda":  # weights, gradients and AdamW's state in bfloat16: 8B then fits one card
         model = model.to(torch.bfloat16)
-    fsdp.checkpoint_activations(model)
+    fsdp.checkpoint_activations(model, "selective")
     return model
 
 
@@ -234,13 +234,12 @@ def flex_logps(model, ids_1T, position_1T, lengths, where_N, target_N, temperatu
     return packing.SelectedLogps.apply(hidden_ND, model.lm_head.weight, target_N, temperature)
 
 
-def nothing_again(model):
+def nothing_again(model, _):
     model.gradient_checkpointing_disable()
 
 
-def whole_layers_again(model):
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.disable_input_require_grads()
+def whole_layers_again(model, _, checkpoint=fsdp.checkpoint_activations):
+    checkpoint(model, "full")
 
 
 refuel_pair_logps = refuel.pair_logps
@@ -275,7 +274,8 @@ def run_step(model, optimizer, pairs, cfg, attention="pairs", parts={}):
     """Old log-probs, forward, backward, AdamW on one batch; returns the old log-probs (2, B)."""
     packing.attend_in_pairs(model).set_attn_implementation(attention)
     with exchanged(parts):
-        fsdp.checkpoint_activations(model)  # each time: TRL's trainer has its own way with the same model
+        # each time: TRL's trainer has its own way with the same model
+        fsdp.checkpoint_activations(model, cfg.activation_checkpointing)
         old = refuel.with_old_logps(model, pairs, cfg)
         refuel.regress(model, optimizer, old, cfg)
     return torch.tensor([p.logps for p in old]).T
@@ -302,7 +302,7 @@ class Trl:
 
     def step(self, model, optimizer, pairs, size):
         model.set_attn_implementation("sdpa")
-        whole_layers_again(model)
+        fsdp.checkpoint_activations(model, "full")
         logps = []
         batches = [self.trainer.data_collator(
             [dict(prompt_ids=p.prefix, chosen_ids=p.y, rejected_ids=p.y2) for p in pairs[i : i + size]])

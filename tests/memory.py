@@ -65,7 +65,7 @@ def main():
     import plan
     from files import rank
 
-    for checkpointing in ("false", "true"):
+    for checkpointing in ("none", "selective", "full"):
         flags = f"--setting toy --batch-size 2 --num-prompts 4 --micro-tokens 2048 --activation-checkpointing {checkpointing}"
         found, cfg, ranks = measure(sys.argv[2], flags)
         planned = plan.trainer(plan.shape(sys.argv[2]), cfg, ranks, ranks, (960, 480), c=4)

@@ -58,7 +58,7 @@ def trained(base, cfg, path, **more):
     return model, pi_0, optimizer, cfg
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_pi_0_and_pi_t_are_those_of_two_models_loaded_apart(base, cfg, tmp_path, checkpointing):
     from transformers import LlamaForCausalLM
 

@@ -20,10 +20,10 @@ from packing import pair_logps
 
 
 def results(base, cfg):
-    """{name: tensor}: log-probs and gradients for both temperatures with checkpointing off and on; trained weights."""
+    """{name: tensor}: log-probs and gradients for both temperatures with each checkpointing; trained weights."""
     found = {}
     for temperature in (1.0, 0.8):
-        for checkpointing in (False, True):
+        for checkpointing in ("none", "selective", "full"):
             model = refuel.load_policy(base, replace(cfg, activation_checkpointing=checkpointing))
             model.train()
             key = f"{temperature}/{checkpointing}"
