@@ -550,6 +550,9 @@ def test_the_log_grows_by_its_lines_and_loses_none_to_a_full_disk_a_torn_line_or
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert files.read_lines(path) == rows[:2]
     processes.log(cfg, rows[2])
+    processes.log(cfg, rows[1])  # the same process goes on from an earlier state
+    assert files.read_lines(path) == rows[:2]
+    processes.log(cfg, rows[2])
     with open(path, "a") as file:
         file.write('{"iteration": 1, "ph')
     processes.LOGGED.clear()  # as another process, which goes on from step 1

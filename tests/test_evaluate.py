@@ -267,12 +267,13 @@ def test_the_command_judges_run_folders_and_checkpoints_and_keeps_their_dialogue
         assert word in printed
     # the newest iteration is the 10th, not the last name in the alphabet; its dialogues are not played twice
     assert files.read_json(f"{out}/eval/mine.json")["checkpoint"].endswith("mine/iter_10/policy")
-    monkeypatch.setattr(evaluate, "in_waves", lambda file, *_: files.read_lines(file))
+    sizes = set()
+    monkeypatch.setattr(evaluate, "in_waves", lambda file, _, size, *__: sizes.add(size) or files.read_lines(file))
     server = serve(lambda prompt, _: "Preferred: " + ("A" if len(sides(prompt)[0]) % 2 else "B"))
     run_main([*flags, "--judge", server.url, "--judge-model", "m"], base)
     judged = files.read_json(f"{out}/results.json")
     assert 0 < judged["mine"]["asked"] <= 20 and judged["again"]["asked"] == 0
-    assert judged["mine"]["kl"] == results["mine"]["kl"]
+    assert judged["mine"]["kl"] == results["mine"]["kl"] and sizes == {4}  # --eval-wave
     asked = len(server.requests)
     run_main([*flags, "--judge", server.url, "--judge-model", "m"], base)
     assert len(server.requests) == asked > 0 and KEY not in everything_in(out) + capsys.readouterr().out

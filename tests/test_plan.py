@@ -118,6 +118,16 @@ def test_tensor_parallelism_divides_the_heads(heads, groups, gpus, expected):
     assert plan.tensor_parallel(plan.Shape(1, 1, 1, heads, groups, 1, 1, 0), gpus) == expected
 
 
+def test_a_layer_that_runs_again_as_a_whole_leaves_only_its_input():
+    one, pair = refuel.read_config(["--setting", "one"]), (2048, 1024)
+    m = plan.shape(one.policy)
+    train = {kind: plan.trainer(m, replace(one, activation_checkpointing=kind), 1, 1, pair)["train"]
+             for kind in ("none", "selective", "full")}  # fmt: skip
+    T, more = one.micro_tokens, 4 * m.D + 2 * m.groups * m.head_dim + 2 * m.I  # beside the input
+    assert train["selective"] - train["full"] == pytest.approx(2 * T * more * (m.layers - 1), rel=0.02)
+    assert train["none"] > train["selective"]
+
+
 def test_an_unknown_model_is_named():
     with pytest.raises(BadInput, match="no-such/model"):
         plan.shape("no-such/model")
