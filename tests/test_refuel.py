@@ -88,7 +88,7 @@ def test_activation_checkpointing_saves_memory_and_where_it_is_selective_compute
     for layers in (0, 1):
         for checkpointing in ("none", "selective", "full"):
             model = refuel.load_policy(base, replace(cfg, train_layers=layers, activation_checkpointing=checkpointing))
-            step = lambda: pair_logps(model.train(), random_pairs(150)).sum().backward()  # noqa: B023, E731
+            step = lambda: pair_logps(model.train(), random_pairs(60)).sum().backward()  # noqa: B023, E731
             with FlopCounterMode(display=False) as counter:
                 step()
             flops[layers, checkpointing] = counter.get_total_flops()
@@ -328,7 +328,7 @@ def run_folder(path):
 
 def test_killed_around_every_write_a_run_ends_with_the_same_files(base, tmp_path):
     flags = f"--setting toy --policy {base} --reference {base} --engine transformers --num-prompts 24 --batch-size 8"
-    flags += " --wave 24 --iterations 2 --eval-dialogues 8 --checkpoint-steps 2 --lr 1e-3"
+    flags += " --wave 24 --iterations 2 --eval-dialogues 4 --checkpoint-steps 2 --lr 1e-3"
     out = [str(tmp_path / name) for name in ("undisturbed", "killed")]
     refuel_py, kills_py = (os.path.join(ROOT, *p) for p in (["refuel.py"], ["tests", "kills.py"]))
     for command in ([refuel_py, "--out", out[0]], [kills_py, "kill", out[1]]):
