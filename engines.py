@@ -126,24 +126,24 @@ class TransformersEngine(Engine):
         from torch.nn.functional import pad
         from transformers.cache_utils import DynamicLayer
 
-        lots, held_BT = [], self.padded([p[:-1] for p in prompts])[1]
+        lots, masks, width = [], [], max(map(len, prompts)) - 1
         for start in range(0, len(prompts), lot):
             ids_BT, mask_BT = self.padded([p[:-1] for p in prompts[start : start + lot]])
             position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
             with torch.no_grad():
-                out = self.model.base_model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=position_BT, use_cache=True)
+                cache = self.model.base_model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=position_BT,
+                                              use_cache=True).past_key_values  # fmt: skip
             self.tokens.update(prefill=ids_BT.numel())
-            lots.append(out.past_key_values.layers)
-        if any(type(layer) is not DynamicLayer for layers in lots for layer in layers):
-            return [0] * len(prompts), held_BT[:, :0], None
+            if any(type(layer) is not DynamicLayer for layer in cache.layers):  # a window's cache cannot be put together
+                return [0] * len(prompts), mask_BT.new_zeros(len(prompts), 0), None
+            lots.append(cache.layers)
+            masks.append(pad(mask_BT, (width - mask_BT.shape[1], 0)))
         for same in zip(*lots):
             for name in ("keys", "values"):
                 parts = [getattr(layer, name) for layer in same]
-                whole = torch.cat([pad(x, (0, 0, held_BT.shape[1] - x.shape[2], 0)) for x in parts])
-                setattr(same[0], name, whole)
-        cache = out.past_key_values
+                setattr(same[0], name, torch.cat([pad(x, (0, 0, width - x.shape[2], 0)) for x in parts]))
         cache.layers = lots[0]
-        return [len(p) - 1 for p in prompts], held_BT, cache
+        return [len(p) - 1 for p in prompts], torch.cat(masks), cache
 
     def sleep(self):
         self.past = None

@@ -8,6 +8,8 @@ from functools import partial
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from files import rank, world
+
 
 def pair_logps(model, pairs, temperature=1.0):
     """ln pi(y|s) and ln pi(y'|s), summed over each response's tokens: (2, B) float32, differentiable.
@@ -135,3 +137,24 @@ class SelectedLogps(torch.autograd.Function):
 def add_product(sum_ik, a_ij, b_jk):
     """sum += a @ b, in place where the types allow it."""
     sum_ik.addmm_(a_ij, b_jk) if a_ij.dtype == sum_ik.dtype else sum_ik.add_(a_ij @ b_jk)
+
+
+def micro_batches(pairs, tokens):
+    """This rank's part of a batch, in forwards of at most `tokens`: [(pairs, share of the batch)].
+
+    Every rank runs the same number of forwards, else FSDP would wait for ever: a rank with fewer repeats a pair with
+    share 0. Shares over all ranks sum to 1."""
+    plans = [split(pairs[r :: world()], tokens) for r in range(world())]
+    mine = [(micro, len(micro) / len(pairs)) for micro in plans[rank()]]
+    return mine + [(pairs[:1], 0.0)] * (max(map(len, plans)) - len(mine))
+
+
+def split(pairs, tokens):
+    """First fit decreasing into groups of at most `tokens`; a pair that is longer goes alone."""
+    groups = []
+    for pair in sorted(pairs, key=pair_length, reverse=True):
+        room = (group for group in groups if sum(map(pair_length, group)) + pair_length(pair) <= tokens)
+        if (group := next(room, None)) is None:
+            groups.append(group := [])
+        group.append(pair)
+    return groups

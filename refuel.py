@@ -37,7 +37,7 @@ import simulator
 from files import BadInput, barrier, in_waves, rank, world
 from fsdp import (add_up, exchanged, full_weights, gradient_norm, learned_weights, load_policy, load_training,
                   read_slices, remove_training, save_policy, save_training)  # fmt: skip
-from packing import pair_length, pair_logps
+from packing import micro_batches, pair_length, pair_logps
 from simulator import Dialogue, rollout
 
 
@@ -371,29 +371,8 @@ def read_sums(sums):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Which pairs share a forward, and ln pi_t by the same forwards
+# ln pi_t before the first step, and whose fault it is if a number is none
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def micro_batches(pairs, tokens):
-    """This rank's part of a batch, in forwards of at most `tokens`: [(pairs, share of the batch)].
-
-    Every rank runs the same number of forwards, else FSDP would wait for ever: a rank with fewer repeats a pair with
-    share 0. Shares over all ranks sum to 1."""
-    plans = [split(pairs[r :: world()], tokens) for r in range(world())]
-    mine = [(micro, len(micro) / len(pairs)) for micro in plans[rank()]]
-    return mine + [(pairs[:1], 0.0)] * (max(map(len, plans)) - len(mine))
-
-
-def split(pairs, tokens):
-    """First fit decreasing into groups of at most `tokens`; a pair that is longer goes alone."""
-    groups = []
-    for pair in sorted(pairs, key=pair_length, reverse=True):
-        room = (group for group in groups if sum(map(pair_length, group)) + pair_length(pair) <= tokens)
-        if (group := next(room, None)) is None:
-            groups.append(group := [])
-        group.append(pair)
-    return groups
 
 
 @torch.no_grad()

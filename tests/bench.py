@@ -9,9 +9,10 @@
     python tests/bench.py lengths SHAREGPT.json --policy FOLDER
                                                             how tests/lengths.json was made
 
-Every variant goes through refuel.with_old_logps and refuel.regress; only the layout functions, of refuel.py, packing.py and fsdp.py, are exchanged, and the
-log-probs of all of them must agree to 1e-4 a token (bfloat16: 1e-1). FLOPs of matrix products are counted in what ran, as
-multiples of those with the weights on unique tokens; the share of the matmul rate is of those and attention's. Times are medians of repeats in which the variants
+Every variant goes through refuel.with_old_logps and refuel.regress; only the layout functions, of refuel.py, packing.py
+and fsdp.py, are exchanged, and the log-probs of all of them must agree to 1e-4 a token (bfloat16: 1e-1). FLOPs of matrix
+products are counted in what ran, as multiples of those with the weights on unique tokens; the share of the matmul rate
+is of those and attention's. Times are medians of repeats in which the variants
 take turns; on the CPU they are CPU seconds, which a busy neighbour lengthens less than the clock. Memory is the
 high-water mark of torch's own allocations (its CPU memory profiler, or max_memory_allocated) above weights and AdamW's
 state, gradients included. Results go to results/bench.json and, as Markdown, to the terminal.

@@ -1,10 +1,12 @@
 """Log-probs of pairs in one row, against references that share no code with them."""
+from collections import Counter
+
 import pytest
 import torch
 
 import packing
 from conftest import random_pairs
-from packing import pair_logps
+from packing import micro_batches, pair_logps
 from refuel import Pair
 
 
@@ -128,6 +130,21 @@ def test_no_tensor_of_all_tokens_by_the_vocabulary_lives(model, monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         pair_logps(model, pairs).sum().backward()
     assert tokens > 100 and (tokens, 96) in kept and not any(40 in shape and shape != (40, 96) for shape in kept)
+
+
+def test_micro_batches_keep_to_the_budget_and_every_rank_has_as_many(monkeypatch):
+    pairs = random_pairs(23)
+    seen, counts = Counter(), set()
+    for r in range(4):
+        monkeypatch.setattr(packing, "world", lambda: 4)
+        monkeypatch.setattr(packing, "rank", lambda r=r: r)
+        micros = micro_batches(pairs, 100)
+        counts.add(len(micros))
+        for micro, share in micros:
+            assert share in (0, len(micro) / 23)
+            assert packing.pack(micro)[0].numel() <= 100 or len(micro) == 1
+            seen.update({id(p): 1 for p in micro if share})
+    assert len(counts) == 1 and len(seen) == 23 and set(seen.values()) == {1}
 
 
 def test_lengths_of_a_pair_are_counted_once():

@@ -19,7 +19,7 @@ import refuel
 import toy
 from bench import peak_bytes
 from conftest import ROOT, random_pairs
-from refuel import collect, micro_batches, pair_logps, refuel_loss, regress, sample_resets
+from refuel import collect, pair_logps, refuel_loss, regress, sample_resets
 from simulator import Dialogue
 from test_packing import row_logps
 
@@ -63,21 +63,6 @@ def test_the_loss_ignores_a_constant_in_the_rewards_and_the_order_of_a_pair():
 @pytest.fixture
 def model(model):
     return packing.attend_in_pairs(model)
-
-
-def test_micro_batches_keep_to_the_budget_and_every_rank_has_as_many(monkeypatch):
-    pairs = random_pairs(23)
-    seen, counts = Counter(), set()
-    for r in range(4):
-        monkeypatch.setattr(refuel, "world", lambda: 4)
-        monkeypatch.setattr(refuel, "rank", lambda r=r: r)
-        micros = micro_batches(pairs, 100)
-        counts.add(len(micros))
-        for micro, share in micros:
-            assert share in (0, len(micro) / 23)
-            assert packing.pack(micro)[0].numel() <= 100 or len(micro) == 1
-            seen.update({id(p): 1 for p in micro if share})
-    assert len(counts) == 1 and len(seen) == 23 and set(seen.values()) == {1}
 
 
 def test_activation_checkpointing_saves_memory_and_where_it_is_selective_computes_no_product_twice(base, cfg):
