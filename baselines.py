@@ -7,28 +7,30 @@
 A row says where the prefix comes from, which turn is trained, where the responses come from, and the loss. The run's
 folder holds one run folder a method, so a method that failed loses no finished row and the same command goes on.
 """
-import itertools
+import machinery  # noqa: F401  (first: it sets what torch and vLLM read when they are imported)
+
 import json
 import os
-import shutil
 import sys
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from typing import Callable, NamedTuple
-
-# first: processes.py sets what torch and vLLM read when they are imported
-from processes import one_line, open_run, prepare, start_processes
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import data
 import evaluate
-import files
 import refuel
-from files import BadInput, barrier, rank, world
+from machinery import files
+from machinery.files import BadInput, iteration_folder, policy_folder
+from machinery.ranks import barrier, one_line, rank, start_processes, world
+from machinery.report import markdown, methods_figure, methods_table
+from machinery.run import check_folder, open_folder
+from machinery.settings import read_config
 from refuel import from_the_start, refuel_loss
+from simulator import load_cast, offline_prompts, prepare, train_prompts
 
 # ---------------------------------------------------------------------------------------------------------------
 # Losses: of (logp_2B, old_logp_2B, reward_2B, eta), the mean over B pairs
@@ -117,24 +119,24 @@ ROLL_INS = {
 }
 
 
-def train(method, cfg, speakers=None):
+def train(method, cfg, cast=None):
     """refuel.train with the row's prompts, roll-in and loss."""
     row = METHODS[method]
-    prompts_of = data.train_prompts if row.prefix == "online" else data.offline_prompts
-    collect = collect_offline if row.responses == "offline" else partial(
-        refuel.collect, roll_in=ROLL_INS[row.prefix, row.turn])  # fmt: skip
-    return refuel.train(cfg, speakers, prompts_of, collect, row.loss)
+    prompts_of = train_prompts if row.prefix == "online" else offline_prompts
+    if row.responses == "offline":
+        collect = collect_offline
+    else:
+        collect = partial(refuel.collect, roll_in=ROLL_INS[row.prefix, row.turn])
+    return refuel.train(cfg, cast, prompts_of, collect, row.loss)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Each row's own best of one small grid (results/toy/grid.md), the budget being the same for all
+# Table 1
 # ---------------------------------------------------------------------------------------------------------------
 
-GRID = {"lr": (1e-4,), "eta": (10.0, 30.0)}  # --grid plays it
-# else the setting's own
+# Each row's own better eta of 10 and 30, found with the same budget for all (docs/baselines.md); else the setting's own
 BEST = {"toy": dict.fromkeys(("rebel-lt-offline", "dpo-lt-offline", "dpo-lt-online"), {"eta": 10.0})}
 SNAPSHOTS = {"toy": 32}  # steps between the points of Figure 2
-
 PAPER = {  # Table 1: h = 1..5, average
     "dpo-lt-offline": (51.2, 46.8, 42.6, 41.4, 46.8, 45.76),
     "dpo-lt-mixed": (56.2, 51.0, 51.6, 50.6, 48.8, 51.64),
@@ -152,16 +154,15 @@ DIFFERENCES = [("refuel", "rebel-mt-mixed"), ("rebel-lt-online", "rebel-lt-mixed
                ("dpo-refuel", "dpo-mt-mixed"), ("dpo-refuel", "refuel")]  # fmt: skip
 
 
-def method_config(method, cfg):
-    """The run of one method: its folder, and its own best of the grid unless the command line says otherwise."""
-    own = {k: v for k, v in BEST.get(cfg.setting, {}).get(method, {}).items()
-           if getattr(cfg, k) == refuel.SETTINGS[cfg.setting][k]}  # fmt: skip
-    snapshots = cfg.snapshot_steps or SNAPSHOTS.get(cfg.setting, 0)
-    return refuel.replace(cfg, out=os.path.join(cfg.out, method), snapshot_steps=snapshots, **own)
+def method_config(method, cfg, given=frozenset()):
+    """The run of one method: its folder, and its own best values but for those given on the command line."""
+    own = {"snapshot_steps": SNAPSHOTS.get(cfg.setting, 0)} | BEST.get(cfg.setting, {}).get(method, {})
+    free = {name: value for name, value in own.items() if name not in given}
+    return replace(cfg, out=os.path.join(cfg.out, method), **free)
 
 
-def rows(results, cfg):
-    """results.json's rows with what Table 1 has beside: weighted average, pairs, minutes, the paper's row."""
+def add_costs(results, cfg):
+    """To results.json's rows what Table 1 has beside: weighted average, pairs, minutes, the paper's row."""
     for method, row in results.items():
         if method in METHODS:
             log = files.read_lines(os.path.join(cfg.out, method, "metrics.jsonl"))
@@ -175,91 +176,53 @@ def rows(results, cfg):
     return results
 
 
-def table(results):
-    """Table 1 as Markdown, the paper's numbers in brackets behind ours."""
-    turns = range(1, len(results["base"]["win"]) + 1)
-    heads = " | ".join(f"h = {h}" for h in turns) if len(turns) > 1 else "whole dialogue"
-    lines = ["| method | " + heads + " | average | weighted | reward | KL | pairs | min |"]
-    lines.append("|---" * (len(turns) + 7) + "|")
-    for name, r in results.items():
-        paper = r.get("paper") or [None] * (len(turns) + 1)
-        cells = [(r["win"][i], r["low"][i], r["high"][i], paper[i]) for i in range(len(turns))]
-        cells = [*cells, (r["avg"], r["avg_low"], r["avg_high"], paper[-1])]
-        text = [f"{w:.1f} [{a:.1f}, {b:.1f}]" + (f" ({p:.1f})" if p else "") for w, a, b, p in cells]
-        text += [f"{r.get('weighted', r['avg']):.1f}", f"{np.mean(r['reward']):.3f}", f"{r.get('kl', 0):.2f}"]
-        lines.append(f"| {name} | " + " | ".join([*text, str(r.get("pairs", "")), str(r.get("minutes", ""))]) + " |")
-    return "\n".join(lines)
-
-
-def differences(played, reward, whole=False):
+def differences(played, reward, at_end=False):
     """Paired differences of win rates, with intervals over dialogues: same openings, same users."""
-    lines = ["| difference | per turn | average |", "|---|---|---|"]
-    judge = evaluate.by_reward(reward)
+    rows, judge = [], evaluate.by_reward(reward)
     for a, b in DIFFERENCES:
         if a in played and b in played:
-            against = [evaluate.judged(played[name], played["base"], judge, whole) for name in (a, b)]
-            d_NH = 100 * (against[0] - against[1])
+            won = {name: evaluate.judged(played[name], played["base"], judge, at_end) for name in (a, b)}
+            d_NH = 100 * (won[a] - won[b])
             low, high = evaluate.bootstrap(d_NH.mean(1, keepdims=True))[:, 0]
             turns = ", ".join(f"{x:+.1f}" for x in d_NH.mean(0))
-            lines.append(f"| {a} - {b} | {turns} | {d_NH.mean():+.1f} [{low:+.1f}, {high:+.1f}] |")
-    return "\n".join(lines)
+            rows.append([f"{a} - {b}", turns, f"{d_NH.mean():+.1f} [{low:+.1f}, {high:+.1f}]"])
+    return "\n".join(markdown(["difference", "per turn", "average"], rows))
 
 
-def curves(methods, cfg, speakers):
+def curves(methods, cfg, cast):
     """Figure 2: {method: [(step, average win rate)]} from the policies that training kept on its way: snapshots within
     an iteration, and each iteration's own (in setting two every policy_every-th update's); of the rows with REFUEL's
     loss, as in the paper."""
-    few = refuel.replace(cfg, eval_dialogues=min(250, cfg.eval_dialogues))
-    found, places = {}, {}
+    places = {}
     for method in methods:
-        log, done = files.read_lines(os.path.join(cfg.out, method, "metrics.jsonl")), 0
-        steps_of = Counter(r["iteration"] for r in log if r["phase"] == "regress")
-        for t in range(1, cfg.iterations + 1):
-            folder = os.path.join(cfg.out, method, f"iter_{t}")
-            names = os.listdir(folder) if os.path.isdir(folder) else []  # most updates of setting two leave none
-            steps = sorted(int(n[5:]) for n in names if n.startswith("step_") and n[5:].isdigit())
-            places |= {f"{method}.{done + s}": os.path.join(folder, f"step_{s}") for s in steps}
-            done += steps_of[t]
-            if "policy" in names:
-                places[f"{method}.{done}"] = os.path.join(folder, "policy")
-    if places:
-        results, _ = evaluate.evaluate(places, os.path.join(cfg.out, "curve"), *speakers, few, kl=False)
-        for name in places:
-            method, step = name.rsplit(".", 1)
-            found.setdefault(method, [(0, 50.0)]).append((int(step), results[name]["avg"]))
+        for step, path in snapshots(os.path.join(cfg.out, method), cfg.iterations).items():
+            places[f"{method}.{step}"] = path
+    if not places:
+        return {}
+    few = replace(cfg, eval_dialogues=min(250, cfg.eval_dialogues))
+    results, _ = evaluate.evaluate(places, os.path.join(cfg.out, "curve"), *cast, few, kl=False)
+    found = {}
+    for name in places:
+        method, step = name.rsplit(".", 1)
+        found.setdefault(method, [(0, 50.0)]).append((int(step), results[name]["avg"]))
     return found
 
 
-def draw(results, curve, path):
-    """Figure 1 (win rate per turn, with bands) and, where there are curves, Figure 2 (win rate against steps)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    losses = [loss for loss in ("rebel", "dpo", "rloo") if any(name.startswith(loss) for name in results)]
-    figure, axes = plt.subplots(1, len(losses) + bool(curve), figsize=(4.2 * (len(losses) + bool(curve)), 3.6),
-                                layout="constrained", squeeze=False)  # fmt: skip
-    colours = {data: f"C{i}" for i, data in enumerate(DATA)}
-    colour = lambda name: colours["refuel" if name == "refuel" else name.split("-", 1)[1]]  # noqa: E731
-    for ax, loss in zip(axes[0], losses):
-        for name, r in results.items():
-            if name == "refuel" or name.startswith(loss):
-                turns = np.arange(1, len(r["win"]) + 1)
-                dashed = "--" if name == "refuel" and loss != "rebel" else "-"
-                ax.plot(turns, r["win"], "o" + dashed, color=colour(name), label=name)
-                ax.fill_between(turns, r["low"], r["high"], color=colour(name), alpha=0.15, lw=0)
-        ax.axhline(50, color="0.6", lw=0.8)
-        ax.set(xlabel="turn h", ylabel="win rate against base, %", xticks=turns, title=f"{loss.upper()} and REFUEL")
-        ax.legend(frameon=False, fontsize=7)
-    for name, points in curve.items():
-        axes[0, -1].plot(*zip(*points), "o-", ms=3, color=colour(name), label=name)
-    if curve:
-        axes[0, -1].set(xlabel="steps", ylabel="average win rate, %", title="win rate against steps")
-        axes[0, -1].legend(frameon=False, fontsize=7)
-    with files.writing(path) as partial:
-        figure.savefig(partial, dpi=150, format="png")
-    plt.close(figure)
+def snapshots(out, iterations):
+    """{step from the beginning: policy folder} of what a run has kept."""
+    log = files.read_lines(os.path.join(out, "metrics.jsonl"))
+    steps_of = Counter(r["iteration"] for r in log if r["phase"] == "regress")
+    found, done = {}, 0
+    for t in range(1, iterations + 1):
+        folder = iteration_folder(out, t)
+        names = os.listdir(folder) if os.path.isdir(folder) else []  # most updates of setting two leave none
+        steps = sorted(int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdigit())
+        for step in steps:
+            found[done + step] = os.path.join(folder, f"step_{step}")
+        done += steps_of[t]
+        if "policy" in names:
+            found[done] = policy_folder(out, t)
+    return found
 
 
 def choose(text):
@@ -273,89 +236,62 @@ def choose(text):
     return chosen
 
 
-def run(methods, cfg):
+def run(methods, cfg, given=frozenset()):
     """Train each method, then judge all that are finished; returns (results, the failures by method)."""
-    speakers, failed = None, {}
+    cast, failed = None, {}
     for method in methods:
         try:
-            speakers = train(method, method_config(method, cfg), speakers)
+            cast = train(method, method_config(method, cfg, given), cast)
         except BadInput as error:  # one method's bad day is not the others'
             if world() > 1:  # but other ranks may not have it, and wait
                 raise
             failed[method] = str(error)
-    done = {m: os.path.join(cfg.out, m, f"iter_{cfg.iterations}", "policy") for m in METHODS}
-    done = {m: path for m, path in done.items() if os.path.isdir(path)}
+    done = {}
+    for method in METHODS:
+        path = policy_folder(os.path.join(cfg.out, method), cfg.iterations)
+        if os.path.isdir(path):
+            done[method] = path
     if not done:
         raise BadInput(f"no method is finished: {failed}")
-    speakers = speakers or refuel.load_speakers(cfg.reference, cfg)
-    results, played = evaluate.evaluate(done, cfg.out, *speakers, cfg)
-    rows(results, cfg)
-    curve = curves([m for m in done if METHODS[m].loss is refuel_loss], cfg, speakers)
+    cast = cast or load_cast(cfg)
+    results, played = evaluate.evaluate(done, cfg.out, *cast, cfg)
+    add_costs(results, cfg)
+    curve = curves([m for m in done if METHODS[m].loss is refuel_loss], cfg, cast)
     if rank() == 0:
-        paired = differences(played, speakers[2], cfg.user == "dataset")
-        text = f"{table(results)}\n\n{paired}\n"
-        text += ("\nWin rate against base in %, ties half, 95 % bootstrap intervals over "
-                 f"{results['base']['dialogues']} dialogues, the paper's Table 1 in brackets; weighted: by the offline "
-                 "data's shares of lengths, 76.9, 12.1, 6.4, 3.2 and 1.4 %; reward: mean over the turns.\n")  # fmt: skip
-        files.write_file(os.path.join(cfg.out, "table.md"), text)
-        files.write_file(os.path.join(cfg.out, "results.json"), json.dumps(results, indent=1))
-        files.write_file(os.path.join(cfg.out, "curve.json"), json.dumps(curve))
-        draw(results, curve, os.path.join(cfg.out, "figure.png"))
-        print(f"\n{text}\n{os.path.join(cfg.out, 'figure.png')}", flush=True)
+        report(results, curve, differences(played, cast[2], cfg.user == "dataset"), cfg.out)
     barrier()
     return results, failed
 
 
-def points_of():
-    return list(itertools.product(GRID["lr"], GRID["eta"]))
-
-
-def search(methods, cfg):
-    """One iteration of each method at each point of GRID; prints and writes grid.md. Rows on the same data share the
-    pairs of their first iteration, which are pi_1's whatever the loss."""
-    speakers, lines = None, ["| method | " + " | ".join(f"lr {lr}, eta {eta:g}" for lr, eta in points_of()) + " |"]
-    lines.append("|---" * (len(points_of()) + 1) + "|")
-    places = {}
-    for method in methods:
-        for lr, eta in points_of():
-            out = os.path.join(cfg.out, method, f"lr_{lr}_eta_{eta}")
-            own = refuel.replace(cfg, out=out, lr=lr, eta=eta, iterations=1)
-            shared = os.path.join(cfg.out, "pairs", method.split("-", 1)[-1])  # lt-mixed of rebel-lt-mixed
-            open_run(own)
-            if rank() == 0 and os.path.isdir(shared):
-                shutil.copytree(shared, os.path.join(out, "iter_1"), dirs_exist_ok=True)
-            barrier()
-            speakers = train(method, own, speakers)
-            if rank() == 0 and not os.path.isdir(shared):
-                os.makedirs(shared)
-                for name in ("pairs.jsonl", "logps.jsonl"):
-                    shutil.copy(os.path.join(out, "iter_1", name), shared)
-            places[f"{method}.{lr}.{eta}"] = os.path.join(out, "iter_1", "policy")
-    results, _ = evaluate.evaluate(places, cfg.out, *speakers, cfg, kl=False)
-    for method in methods:
-        averages = [results[f"{method}.{lr}.{eta}"]["avg"] for lr, eta in points_of()]
-        cells = [f"**{a:.1f}**" if a == max(averages) else f"{a:.1f}" for a in averages]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    if rank() == 0:
-        files.write_file(os.path.join(cfg.out, "grid.md"), "\n".join(lines) + "\n")
-        print("\n" + "\n".join(lines), flush=True)
+def report(results, curve, paired, out):
+    """Leave the table, the paired differences and the figure in the run's folder, and show them."""
+    text = f"{methods_table(results)}\n\n{paired}\n"
+    text += ("\nWin rate against base in %, ties half, 95 % bootstrap intervals over "
+             f"{results['base']['dialogues']} dialogues, the paper's Table 1 in brackets; weighted: by the offline "
+             "data's shares of lengths, 76.9, 12.1, 6.4, 3.2 and 1.4 %; reward: mean over the turns.\n")  # fmt: skip
+    figure = os.path.join(out, "figure.png")
+    files.write_file(os.path.join(out, "table.md"), text)
+    files.write_file(os.path.join(out, "results.json"), json.dumps(results, indent=1))
+    files.write_file(os.path.join(out, "curve.json"), json.dumps(curve))
+    methods_figure(results, curve, figure, order=list(DATA))
+    print(f"\n{text}\n{figure}", flush=True)
 
 
 def main(argv=None):
     with one_line("baselines.py"):
-        flags = dict(method=dict(required=True), grid=dict(action="store_true"))
-        cfg, extra = refuel.read_config(argv, __doc__, **flags)
-        methods = choose(extra["method"])
-        if cfg.out == refuel.SETTINGS[cfg.setting]["out"]:
-            cfg = refuel.replace(cfg, out=os.path.join("runs", f"{cfg.setting}_baselines"))
+        cfg, extra = read_config(argv, __doc__, method=dict(required=True))
+        methods, given = choose(extra["method"]), extra["given"]
+        if "out" not in given:
+            cfg = replace(cfg, out=os.path.join("runs", f"{cfg.setting}_baselines"))
         start_processes()
         cfg = prepare(cfg)
-        open_run(cfg)
-        if extra["grid"]:
-            return search(methods, cfg)
+        check_folder(cfg)
+        open_folder(cfg)
         for method in methods:
-            open_run(prepare(method_config(method, cfg)))
-        _, failed = run(methods, cfg)
+            own = method_config(method, cfg, given)
+            check_folder(own)
+            open_folder(own)
+        _, failed = run(methods, cfg, given)
         for method, error in failed.items():
             print(f"baselines.py: {method}: {error}", file=sys.stderr)
     raise SystemExit(bool(failed))

@@ -1,46 +1,32 @@
-"""A dialogue and who speaks next: roll-out, reset, the users (sections 2 and 4.2). Who samples is in engines.py.
+"""A conversation: dialogue, reset, roll-out, both futures of a state; and the cast that a configuration names.
 
     python simulator.py --setting toy --policy runs/toy/iter_2/policy --show 3      look at dialogues and resets
 
-Token ids are the truth and text is a view: what the policy sampled is what is trained on. A dialogue is never decoded
-and tokenised again between turns. Roll-in and roll-out are one function, `rollout`; a reset is a slice.
+Sections 2 and 4.2. Token ids are the truth and text is a view: what the policy sampled is what is trained on. A dialogue
+is never decoded and tokenised again between turns. Roll-in and roll-out are one function, `rollout`; a reset is a slice.
 
 Dimension key: H turns.
 """
-import functools
-import hashlib
-import importlib.util
+import machinery  # noqa: F401  (first: it sets what torch and vLLM read when they are imported)
+
 import math
-import os
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from tqdm import tqdm
+import numpy as np
 
-from files import BadInput, find_checkpoint, prepare_checkpoint, read_json
-
-
-def seed_for(*key):
-    """A 62-bit seed made from a key such as (stream, turn, speaker): equal keys, equal seeds, on any machine.
-
-    The released code gives one seed to a whole batch and to every turn, so that all prompts share their noise
-    (vLLM draws the same noise for equal seeds); here no two draws share a key."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 2
-
+import toy
+from machinery import data, rewards, users
+from machinery.engines import load_engine
+from machinery.files import BadInput, check_positions, find_checkpoint
+from machinery.ranks import barrier, one_line, rank, start_processes
+from machinery.settings import read_config, seed_for
+from machinery.template import checked, encode, end_token, later_ids, load_tokenizer, opening_ids
 
 # ---------------------------------------------------------------------------------------------------------------
 # The dialogue: state s_h, response y_h, user turn x_{h+1} (section 2)
 # ---------------------------------------------------------------------------------------------------------------
-
-
-class Prompt(NamedTuple):
-    """An opening x_1; what only the user (and the toy's reward) may know: wishes, or the questions to come; and the
-    tokens of an answer, where the data set sets a limit (Table 5)."""
-
-    text: str
-    secret: Any = None
-    limit: int | None = None
 
 
 @dataclass
@@ -73,10 +59,9 @@ class Dialogue:
     @classmethod
     def start(cls, tokenizer, user_text, secret=None, stream=(0,), limit=None):
         """s_1: the opening as the chat template renders it, with the header that makes the assistant speak."""
-        before, after, _, _ = template_pieces(tokenizer)
         text = checked(user_text)
-        ids = encode(tokenizer, before, text, after)
-        return cls(ids, [], [{"role": "user", "content": text}], [], [], secret, tuple(stream), limit)
+        message = {"role": "user", "content": text}
+        return cls(opening_ids(tokenizer, text), messages=[message], secret=secret, stream=tuple(stream), limit=limit)
 
     def add_answer(self, tokenizer, ids, truncated=False, logp=math.nan):
         """Append y_h exactly as it was sampled: no token is added, dropped or decoded and encoded again."""
@@ -85,7 +70,8 @@ class Dialogue:
         ids = [int(i) for i in ids]
         self.spans.append((len(self.ids), len(self.ids) + len(ids)))
         self.ids += ids
-        self.messages.append({"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True).strip()})
+        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        self.messages.append({"role": "assistant", "content": text})
         self.truncated.append(bool(truncated))
         self.logps.append(float(logp))
         return self
@@ -98,10 +84,10 @@ class Dialogue:
         stopping where it did not (the released code appends it and trains on it)."""
         if self.messages[-1]["role"] != "assistant":
             raise BadInput("a dialogue must alternate: a user's turn follows an answer")
-        _, _, before, after = template_pieces(tokenizer)
         text = checked(user_text)
-        ids = encode(tokenizer, before, text, after)
-        self.ids += ids[self.ids[-1] == ids[0] :]
+        ids = later_ids(tokenizer, text)
+        ended = self.ids[-1] == ids[0]
+        self.ids += ids[1:] if ended else ids
         self.messages.append({"role": "user", "content": text})
         return self
 
@@ -109,8 +95,8 @@ class Dialogue:
         """s_h: everything up to and including the user's turn h (1 <= h); a new dialogue, nothing is shared."""
         if not 1 <= h <= (len(self.messages) + 1) // 2:
             raise BadInput(f"cannot reset to turn {h}: the dialogue has {(len(self.messages) + 1) // 2} user turns")
-        cut = self.spans[h - 1][0] if h <= len(self.spans) else len(self.ids)
-        return self.cut(cut, h - 1, 2 * h - 1)
+        tokens = self.spans[h - 1][0] if h <= len(self.spans) else len(self.ids)
+        return self.cut(tokens, h - 1, 2 * h - 1)
 
     def until(self, h):
         """The conversation of the first h turns, answer h included: what a reward model or a judge reads at turn h."""
@@ -118,13 +104,18 @@ class Dialogue:
             raise BadInput(f"the dialogue has {len(self.spans)} answers, not {h}")
         return self.cut(self.spans[h - 1][1], h, 2 * h)
 
+    def copy(self, **changes):
+        """The same conversation as a dialogue of its own, in which `changes` (such as stream=...) differ."""
+        return replace(self.cut(len(self.ids), len(self.spans), len(self.messages)), **changes)
+
     def cut(self, tokens, answers, messages):
         return Dialogue(self.ids[:tokens], self.spans[:answers], [m.copy() for m in self.messages[:messages]],
                         self.truncated[:answers], self.logps[:answers], self.secret, self.stream, self.limit)  # fmt: skip
 
     def answer(self, h):
         """The sampled ids of y_h."""
-        return self.ids[slice(*self.spans[h - 1])]
+        start, end = self.spans[h - 1]
+        return self.ids[start:end]
 
     def seed(self, speaker):
         """The seed of the next turn: distinct for every row, branch, turn and speaker."""
@@ -132,96 +123,15 @@ class Dialogue:
 
     @classmethod
     def from_json(cls, row):
-        return cls(**row | {"spans": [tuple(s) for s in row["spans"]], "stream": tuple(row["stream"])})
+        """A dialogue from its line on disk, which holds all of its fields."""
+        return cls(**row | {"spans": [tuple(span) for span in row["spans"]], "stream": tuple(row["stream"])})
 
 
-def checked(text):
-    """A user's turn as it enters a dialogue: a string that is not empty, without outer white space.
-
-    Templates differ in whether they trim; a trimmed text is the same under all of them. Lone surrogates (broken
-    UTF-16 in a JSON file) become question marks, since no tokenizer can encode them."""
-    if not isinstance(text, str):
-        raise BadInput(f"a turn must be text, not {type(text).__name__}")
-    text = text.encode("utf-8", "replace").decode().strip()
-    if not text:
-        raise BadInput("an empty turn")
-    return text
-
-
-@functools.lru_cache(maxsize=8)
-def template_pieces(tokenizer):
-    """What the chat template writes around a user's text: (before the first, after it, before a later one, after it).
-
-    Found by rendering marked texts, so that any template whose turns end in a special token will do."""
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        raise BadInput(f"the tokenizer {tokenizer.name_or_path} has no chat template")
-    user, answer = "\ue000user\ue000", "\ue000answer\ue000"
-    first = [{"role": "user", "content": user}]
-    later = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}, *first]
-    render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
-    try:
-        before, after = render(first, add_generation_prompt=True).split(user)
-        between, later_after = render(later, add_generation_prompt=True).split(answer)[1].split(user)
-        prompted = render(first) != before + user + after
-    except (TemplateError, LookupError, ValueError, TypeError, OverflowError) as error:
-        raise BadInput(f"the chat template of {tokenizer.name_or_path} does not render a conversation: "
-                       f"{type(error).__name__} {' '.join(str(error).split())[:200]}") from None  # fmt: skip
-    if not prompted:
-        raise BadInput(f"the chat template of {tokenizer.name_or_path} has no generation prompt")
-    if encode(tokenizer, between)[0] not in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder):
-        raise BadInput(f"the chat template of {tokenizer.name_or_path} does not end an answer with a special token")
-    return before, after, between, later_after
-
-
-def encode(tokenizer, before, text="", after=""):
-    """Ids of a piece of a rendered conversation; special tokens inside the user's text stay text.
-
-    Without them the piece is encoded as a whole, which is what the template's own tokenisation gives. The template
-    writes the BOS where it wants one, so the tokenizer must not add another (the released code sampled under two)."""
-    whole = functools.partial(tokenizer.encode, add_special_tokens=False)
-    if not any(str(token) in text for token in tokenizer.added_tokens_decoder.values()):
-        return whole(before + text + after)
-    return whole(before) + encode_plain(tokenizer, text) + whole(after)
-
-
-def encode_plain(tokenizer, text):
-    """Ids of a text in which the strings of control tokens are ordinary characters."""
-    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    if set(ids) & set(tokenizer.added_tokens_decoder):  # an added token that is no special token is still matched
-        pieces = [[i] if i not in tokenizer.added_tokens_decoder else
-                  [j for c in str(tokenizer.added_tokens_decoder[i]) for j in
-                   tokenizer.encode(c, add_special_tokens=False)] for i in ids]  # fmt: skip
-        ids = [i for piece in pieces for i in piece]
-    return ids
-
-
-def end_token(tokenizer):
-    """The id that ends an assistant's turn in this template."""
-    return encode(tokenizer, template_pieces(tokenizer)[2])[0]
-
-
-def load_tokenizer(path):
-    """The tokenizer of a checkpoint, with a chat template that `Dialogue` can use."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path} has no tokenizer that loads: {' '.join(str(error).split())[:200]}") from None
-    template_pieces(tokenizer)
-    return tokenizer
-
-
-def stop_tokens(path, tokenizer):
-    """The ids that end an answer: the template's own first, then those of generation_config.json and the tokenizer."""
-    stop = [end_token(tokenizer), tokenizer.eos_token_id]
-    file = os.path.join(path, "generation_config.json")
-    if os.path.exists(file):
-        more = read_json(file).get("eos_token_id")
-        stop += more if isinstance(more, list) else [more]
-    return list(dict.fromkeys(i for i in stop if i is not None))
+# ---------------------------------------------------------------------------------------------------------------
+# Roll-in, reset, roll-out
+# ---------------------------------------------------------------------------------------------------------------
+# A policy has answer(dialogues) -> [(ids, truncated, ln pi), or None where the context is full] and its tokenizer; a user
+# has reply(dialogues) -> [text, or None where it has none]. Both see whole batches.
 
 
 def rollout(dialogues, policy, user, turns):
@@ -229,167 +139,173 @@ def rollout(dialogues, policy, user, turns):
 
     dialogues: states s_h at which the assistant speaks next; turns: how many assistant turns each ends with.
     Returns new dialogues, each ending with an answer; one that user or policy had to give up carries `failed`."""
-    dialogues = [d.reset(len(d.spans) + 1) if len(d.spans) < n else d for d, n in zip(dialogues, turns, strict=True)]
-    active = [(d, n) for d, n in zip(dialogues, turns) if len(d.spans) < n]
+    dialogues = [d.copy() for d in dialogues]
+    goals = list(zip(dialogues, turns, strict=True))
+    active = [d for d, n in goals if len(d.spans) < n]
     while active:
-        for (d, _), answer in zip(active, policy.answer([d for d, _ in active])):
+        for d, answer in zip(active, policy.answer(active), strict=True):
             if answer is None:
                 d.failed = "too long"
             else:
                 d.add_answer(policy.tokenizer, *answer)
-        active = [(d, n) for d, n in active if not d.failed and len(d.spans) < n]
-        for (d, _), text in zip(active, user.reply([d for d, _ in active])):
+        active = [d for d, n in goals if len(d.spans) < n and not d.failed]
+        for d, text in zip(active, user.reply(active), strict=True):
             if text is None:
                 d.failed = "user"
             else:
                 d.add_user(policy.tokenizer, text)
-        active = [(d, n) for d, n in active if not d.failed]
+        active = [d for d in active if not d.failed]
     return dialogues
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Users: who speaks at x_{h+1}
-# ---------------------------------------------------------------------------------------------------------------
-# A user has reply(dialogues) -> [text or None], and sees whole batches.
+def futures(starts, h, H, streams, policy, user, dropped):
+    """Line 3 of Algorithm 1: roll in and on to turn H, reset to s_h, and roll out from there a second time.
 
-# Appendix C.2 in the paper's wording; the line breaks and the speakers' marks, lost there, are the released code's.
-USER_PROMPT = """Below is a dialogue between the user and the assistant. Pretend you are the user in this conversation. \
-What question would you ask next?
-
-### Dialogue:
-{dialogue}
-
-### Instructions:
-FIRST provide a justification of the question you want to ask. SECOND, on a new line, state only the question. Your \
-response should use the format:
-Justification: <one-sentence justification>
-Question: <question to ask next>"""
-
-USER_TRIES = 3  # replies asked for, each with a seed of its own, before a dialogue is given up
-
-
-class LLMUser:
-    """Setting one: a language model that is asked what the user would say next (appendix C.2).
-
-    ask: a Server or a Local, which sends the prompt as one user message of the model's own chat template; longest: a
-    question of more characters is none; limit: share of unanswered prompts at which a server is left alone."""
-
-    NO_QUESTION = "a reply without a question"
-
-    def __init__(self, ask, longest, limit):
-        self.ask, self.longest, self.limit = ask, longest, limit
-        self.tokens = ask.engine.tokens if hasattr(ask, "engine") else Counter()  # a server counts its own
-
-    def reply(self, dialogues):
-        texts, rows, why = [None] * len(dialogues), list(range(len(dialogues))), {}
-        for k in range(USER_TRIES):
-            prompts = [user_prompt(dialogues[i].messages) for i in rows]
-            seeds = [dialogues[i].seed(f"user {k}") for i in rows]
-            for n, reply, reason in self.ask(prompts, seeds, math.ceil(self.limit * len(dialogues))) if rows else ():
-                texts[rows[n]] = next_question(reply or "", self.longest)
-                why[rows[n]] = reason if reply is None else self.NO_QUESTION
-            # a prompt that a server has failed five times is not sent again: one that hangs would cost three times as much
-            rows = [i for i in rows if texts[i] is None and why[i] == self.NO_QUESTION]
-        failed = [i for i, text in enumerate(texts) if text is None]
-        if failed:
-            reason = next(filter(None, map(why.get, failed)))
-            tqdm.write(f"the user gave no turn to {len(failed)} of {len(dialogues)} dialogues: {reason}")
-        return texts
-
-
-def user_prompt(messages):
-    dialogue = "\n\n".join(f"### {m['role']}: {m['content']}" for m in messages)
-    return USER_PROMPT.format(dialogue=dialogue)
-
-
-def next_question(reply, longest):
-    """What stands behind the last "Question:" of a user model's reply; None where that is missing, empty or too long.
-
-    The released code takes the whole reply, justification and all, where the mark is missing, and an empty turn where
-    nothing follows it. A mark in bold type leaves its closing stars in front of the question.
-
-    >>> next_question("Justification: to know. **Question:** How far is it?", 100)
-    'How far is it?'
-    """
-    _, mark, text = reply.rpartition("Question:")
-    text = text.strip().removeprefix("**").strip()
-    return text if mark and 0 < len(text) <= longest else None
-
-
-class DataUser:
-    """Setting two: the data set's own next question, whatever the policy said; secret lists x_2, x_3, ..."""
-
-    def reply(self, dialogues):
-        return [d.secret[len(d.spans) - 1] if len(d.spans) <= len(d.secret) else None for d in dialogues]
-
-
-def check_user(cfg):
-    """Everything about --user that can be known before a model is loaded."""
-    if cfg.user == "toy" and cfg.dataset != "toy":
-        raise BadInput(f"--user toy: the toy's user knows nothing of --dataset {cfg.dataset}")
-    if cfg.user == "dataset" and cfg.dataset == "toy":
-        raise BadInput("--user dataset: the toy's data set holds no questions to come")
-    if "://" in cfg.user:
-        user_server(cfg)
-    elif cfg.user not in ("toy", "dataset"):
-        load_tokenizer(find_checkpoint(cfg.user.removeprefix("serve:")))
-    if cfg.user.startswith("serve:") and not importlib.util.find_spec("vllm"):
-        raise BadInput(f"--user {cfg.user}: vllm is not installed (pip install -r requirements-gpu.txt)")
-
-
-def reach_user(cfg):
-    """One question to a user at a URL: a server that is not there is found before any model is loaded."""
-    if "://" in cfg.user:
-        _, reply, why = next(user_server(cfg, tries=3)([user_prompt([{"role": "user", "content": "Hello."}])], [0]))
-        if reply is None:
-            raise BadInput(f"--user {cfg.user} does not answer as {cfg.user_model}: {why}")
-
-
-def user_server(cfg, **options):
-    if not cfg.user_model:
-        raise BadInput("--user URL needs --user-model NAME")
-    from ask import Server
-
-    return Server(cfg.user, cfg.user_model, flag="--user", **user_options(cfg), **options)
-
-
-def user_options(cfg):
-    return dict(threads=256, temperature=cfg.user_temperature, max_tokens=cfg.user_tokens, whole=True)
-
-
-def load_user(cfg):
-    """Who plays the user: `toy`, `dataset`, the URL of a server, `serve:` and a checkpoint for a server of this node's
-    own, or a checkpoint in an engine of this process."""
-    check_user(cfg)
-    if cfg.user == "toy":
-        import toy
-
-        return toy.Customer()
-    if cfg.user == "dataset":
-        return DataUser()
-    from ask import Local, longest_prompt
-    from engines import gpu_share
-
-    if "://" in cfg.user:
-        ask = user_server(cfg)
-    else:
-        path = find_checkpoint(cfg.user.removeprefix("serve:"))
-        room = longest_prompt(path, 2 * cfg.max_length + cfg.user_tokens)  # its tokenizer may need more tokens
-        if cfg.user.startswith("serve:"):
-            import serve
-
-            ask = serve.Served(path, os.path.join(cfg.out, f"user_{serve.node()}.log"), room,
-                               gpu_share(cfg, "user"), **user_options(cfg))  # fmt: skip
+    starts: where the roll-ins begin; h, H: turns, one of each a start; streams: the starts' random numbers. The first
+    roll-out continues the roll-in: the trajectory's own y_h is a sample of pi_t(.|s_h). The second one starts anew at s_h
+    with its own noise, for policy and user alike, so that only the prefix is shared.
+    Returns [(the first conversation, the second, h)]; those that failed are counted in `dropped`."""
+    firsts = rollout([d.copy(stream=(s, 0)) for d, s in zip(starts, streams, strict=True)], policy, user, H)
+    whole, resets = [], []
+    for first, turn, last, stream in zip(firsts, h, H, streams, strict=True):
+        if first.failed:
+            dropped[first.failed] += 1
         else:
-            ask = Local(path, cfg, cfg.user_temperature, cfg.user_tokens, room, whole=True)
-    return LLMUser(ask, 8 * cfg.user_tokens, cfg.max_failures)
+            whole.append((first, int(turn), int(last)))
+            resets.append(first.reset(turn).copy(stream=(stream, 1)))
+    seconds = rollout(resets, policy, user, [last for _, _, last in whole])
+    found = []
+    for (first, turn, _), second in zip(whole, seconds, strict=True):
+        if second.failed:
+            dropped[second.failed] += 1
+        else:
+            found.append((first, second, turn))
+    return found
 
 
-def check_failures(failed, dialogues, cfg):
-    """A run in which the user fails too often is stopped: what is left would be another distribution of dialogues."""
-    if failed > math.ceil(cfg.max_failures * dialogues):
-        raise BadInput(f"--user {cfg.user} failed in {failed} of {dialogues} dialogues; --max-failures is "
-                       f"{cfg.max_failures:g} (finished waves are kept: run the same command again to go on)")  # fmt: skip
+# ---------------------------------------------------------------------------------------------------------------
+# The cast: what a configuration names, made real
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def world(name):
+    """The embedded world that --policy, --user, --reward or --dataset names, a module like toy.py; else None."""
+    return toy if name == "toy" else None
+
+
+def checkpoint(name):
+    """A folder for a checkpoint; a world's own base policy is trained at its first use."""
+    if not world(name):
+        return find_checkpoint(name)
+    if rank() == 0:
+        world(name).build_policy()
+    barrier()
+    return world(name).FOLDER
+
+
+def prepare(cfg, trains=True):
+    """Check all inputs before any model is loaded; returns cfg with its checkpoints' folders and number of iterations.
+
+    trains: False where a policy is only looked at or judged."""
+    for name in ("policy", "reference"):
+        cfg = replace(cfg, **{name: checkpoint(getattr(cfg, name))})
+        check_positions(getattr(cfg, name), cfg)
+    tokenizer = load_tokenizer(cfg.policy)
+    if trains:
+        train_prompts(cfg, tokenizer, 1)
+    test_prompts(cfg, tokenizer)
+    if trains and not cfg.iterations:
+        cfg = replace(cfg, iterations=len(first_prompts(cfg, "train", tokenizer)) // cfg.num_prompts)
+    check_cast(cfg)
+    users.reach_user(cfg)
+    return cfg
+
+
+def check_cast(cfg):
+    """Everything about --user and --reward that can be known before a model is loaded."""
+    if world(cfg.user) and cfg.dataset != cfg.user:
+        raise BadInput(f"--user {cfg.user}: the toy's user knows nothing of --dataset {cfg.dataset}")
+    if cfg.user == "dataset" and world(cfg.dataset):
+        raise BadInput("--user dataset: the toy's data set holds no questions to come")
+    if not world(cfg.user):
+        users.check_user(cfg)
+    if not world(cfg.reward):
+        rewards.check_reward(cfg)
+
+
+def load_cast(cfg):
+    """(the policy's engine, the user, the reward); the user first: a server that does not start is found at once."""
+    check_cast(cfg)
+    user = world(cfg.user).Customer() if world(cfg.user) else users.load_user(cfg)
+    policy = load_engine(cfg.policy, cfg)
+    reward = world(cfg.reward).Reward() if world(cfg.reward) else rewards.load_reward(cfg)
+    return policy, user, reward
+
+
+def first_prompts(cfg, split, tokenizer):
+    """The first prompts, as texts, of a split: "train" or "test"."""
+    if world(cfg.dataset):
+        return world(cfg.dataset).load_prompts(split)
+    return getattr(data.load_data(cfg, tokenizer), split)
+
+
+def train_prompts(cfg, tokenizer, t):
+    """The dialogues at s_1 of iteration t: cfg.num_prompts of the training split, drawn without replacement."""
+    pool = first_prompts(cfg, "train", tokenizer)
+    if cfg.num_prompts > len(pool):
+        raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(pool)} training prompts")
+    return [open_dialogue(tokenizer, pool[i]) for i in data.draw("prompts", len(pool), cfg, t)]
+
+
+def test_prompts(cfg, tokenizer):
+    """The openings that every policy is evaluated from; the streams make users and noise common to all of them."""
+    pool = first_prompts(cfg, "test", tokenizer)
+    if cfg.eval_dialogues > len(pool):
+        raise BadInput(f"--eval-dialogues {cfg.eval_dialogues}: {cfg.dataset} has only {len(pool)} test prompts")
+    return [open_dialogue(tokenizer, p, (cfg.seed, "test", i)) for i, p in enumerate(pool[: cfg.eval_dialogues])]
+
+
+def data_counts(cfg):
+    """What a data set gave, and what was dropped of it by reason; None for a world's own prompts."""
+    if world(cfg.dataset):
+        return None
+    found = data.load_data(cfg, load_tokenizer(cfg.policy))
+    return {"train": len(found.train), "test": len(found.test), "logged": len(found.logs), "dropped": found.dropped}
+
+
+def open_dialogue(tokenizer, prompt, stream=(0,)):
+    return Dialogue.start(tokenizer, prompt.text, prompt.secret, stream, prompt.limit)
+
+
+def offline_prompts(cfg, tokenizer, t):
+    """The same for the baselines that roll in by the data: finished dialogues, each with a second last answer."""
+    found = world(cfg.dataset)
+    logs = found.load_logs() if found else data.load_data(cfg, tokenizer).logs
+    if cfg.num_prompts > len(logs):
+        raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(logs)} dialogues")
+    return [replay(tokenizer, logs[i]) for i in data.draw("offline", len(logs), cfg, t)]
+
+
+def replay(tokenizer, log):
+    """A logged conversation as the policy would see it, with the canonical ids of its answers: (the conversation with
+    the chosen last answer, the same with the rejected one)."""
+
+    def canonical(text):
+        return encode(tokenizer, "", text) + [end_token(tokenizer)]
+
+    first = Dialogue.start(tokenizer, log.questions[0], log.secret)
+    for answer, question in zip(log.answers, log.questions[1:], strict=True):
+        first.add_answer(tokenizer, canonical(answer)).add_user(tokenizer, question)
+    second = first.copy()
+    first.add_answer(tokenizer, canonical(log.chosen))
+    return first, second.add_answer(tokenizer, canonical(log.rejected))
+
+
+def longest(dialogues, cfg):
+    """How many turns each dialogue can have: --max-turns, or one for each of the data's own questions (section 4.3)."""
+    if cfg.user == "dataset":
+        return np.array([1 + len(d.secret) for d in dialogues])
+    return np.full(len(dialogues), cfg.max_turns)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -397,40 +313,37 @@ def check_failures(failed, dialogues, cfg):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def show(pair, tokenizer):
-    """One pair as text: the prefix s_h, both futures, what of them is trained, and their rewards."""
-    lines = [f"h = {pair.h} of H = {pair.H}, prefix of {len(pair.prefix)} tokens"]
-    for name, dialogue, ids, reward in zip(("y ", "y'"), pair.dialogues, (pair.y, pair.y2), pair.rewards):
-        if name == "y ":
-            lines += [f"   {m['role']:10s} {m['content']}" for m in dialogue.messages[: 2 * pair.h - 1]]
+def show(first, second, h, scores, tokenizer):
+    """Both futures of one state as text: the prefix s_h, what of each is trained, and their rewards."""
+    lines = [f"h = {h} of H = {len(first.spans)}, prefix of {len(first.reset(h).ids)} tokens"]
+    for m in first.messages[: 2 * h - 1]:
+        lines.append(f"   {m['role']:10s} {m['content']}")
+    for name, d, score in zip(("y ", "y'"), (first, second), scores):
+        ids = d.answer(h)
         lines.append(f"{name} {len(ids)} sampled tokens: {tokenizer.convert_ids_to_tokens(ids)}")
-        lines += [f"   {m['role']:10s} {m['content']}" for m in dialogue.messages[2 * pair.h - 1 :]]
-        lines.append(f"   reward {reward:.3f}" + "  (an answer was cut)" * any(dialogue.truncated))
+        for m in d.messages[2 * h - 1 :]:
+            lines.append(f"   {m['role']:10s} {m['content']}")
+        earned = "too long for the reward model" if score is None else f"reward {score:.3f}"
+        lines.append(f"   {earned}{'  (an answer was cut)' if any(d.truncated) else ''}")
     return "\n".join(lines)
 
 
-def main():
-    import sys
-
-    import processes  # first
-
-    import data
-    import refuel
-
-    with processes.one_line("simulator.py"):
-        cfg, extra = refuel.read_config(sys.argv[1:], __doc__, show=dict(type=int, default=3))
-        processes.start_processes()
-        cfg = refuel.replace(cfg, policy=prepare_checkpoint(cfg.policy), num_prompts=4 * extra["show"])
-        policy, user, reward = refuel.load_speakers(cfg.policy, cfg)
-        rng = refuel.np.random.default_rng(cfg.seed)
-        dropped = Counter()
-        pairs = refuel.collect(data.train_prompts(cfg, policy.tokenizer, 0), policy, user, reward, cfg, rng, dropped)
-        if not pairs:
-            raise BadInput(f"no pair is left of {cfg.num_prompts} prompts: {dict(dropped)}")
-        print("\n\n".join(show(pair, policy.tokenizer) for pair in pairs[: extra["show"]]))
+def main(argv=None):
+    with one_line("simulator.py"):
+        cfg, extra = read_config(argv, __doc__, show=dict(type=int, default=3))
+        start_processes()
+        cfg = prepare(replace(cfg, reference=cfg.policy, num_prompts=extra["show"]))
+        policy, user, reward = load_cast(cfg)
+        rng, dropped = np.random.default_rng(cfg.seed), Counter()
+        starts = train_prompts(cfg, policy.tokenizer, 1)
+        H = longest(starts, cfg)
+        h = rng.integers(1, H + 1)
+        found = futures(starts, h, H, rng.integers(2**62, size=len(starts)).tolist(), policy, user, dropped)
+        if not found:
+            raise BadInput(f"no dialogue is left of {cfg.num_prompts} prompts: {dict(dropped)}")
+        for first, second, turn in found:
+            print(show(first, second, turn, reward([first, second]), policy.tokenizer), end="\n\n")
 
 
 if __name__ == "__main__":
-    from simulator import main  # as the module that everybody imports, not as a second copy
-
     main()

@@ -11,16 +11,24 @@ question pays turns later: exactly what last-turn training cannot see and a regr
     user       go on
 
 The tokenizer, its chat template, the Llama and the checkpoint folder are of the real kinds, only small; nothing
-downstream knows that this is a toy. Everything is seeded; the base policy is trained once and kept.
+downstream knows that this is a toy. Everything is seeded; the base policy is trained once and kept. A world gives texts:
+what becomes of them as tokens is simulator.py's.
 """
+import machinery  # noqa: F401  (first: it sets what torch reads when it is imported)
+
 import functools
 import json
 import os
 import random
 import re
 
-from files import read_json, write_folder
-from simulator import Dialogue, Prompt, seed_for
+import torch
+from tqdm import tqdm
+
+from machinery import plan
+from machinery.data import Logged, Prompt
+from machinery.files import read_json, write_folder
+from machinery.settings import seed_for
 
 WISHES = {
     "size": ("tiny", "small", "medium", "large"),
@@ -43,12 +51,12 @@ QUESTION = re.compile(r"which (\w+) \?")
 @functools.lru_cache
 def load_prompts(split, n=None):
     """The split's customers: an opening that states one wish, and all four wishes as the secret that the policy never sees."""
-    prompts = []
-    for row in range(n or POOL[split]):
-        rng = random.Random(seed_for("customer", split, row))
-        secret = {name: rng.choice(values) for name, values in WISHES.items()}
-        prompts.append(Prompt(f"something {secret[rng.choice(list(WISHES))]} please", secret))
-    return prompts
+    return [new_customer(random.Random(seed_for("customer", split, row))) for row in range(n or POOL[split])]
+
+
+def new_customer(rng):
+    wishes = {name: rng.choice(values) for name, values in WISHES.items()}
+    return Prompt(f"something {wishes[rng.choice(list(WISHES))]} please", wishes)
 
 
 def stated(messages):
@@ -119,15 +127,14 @@ def clerk(messages, rng, uses, remembers, asks):
     return f"try the {' '.join(words)} . {question}"
 
 
-def clerk_dialogue(tokenizer, prompt, customer, rng, turns, **habits):
-    """A dialogue of `turns` turns between the scripted clerk and a customer."""
-    dialogue = Dialogue.start(tokenizer, prompt.text, secret=prompt.secret)
+def clerk_dialogue(prompt, customer, rng, turns, **habits):
+    """The messages of `turns` turns between a customer and the scripted clerk."""
+    messages = [{"role": "user", "content": prompt.text}]
     for turn in range(1, turns + 1):
-        text = clerk(dialogue.messages, rng, **habits)
-        dialogue.add_answer(tokenizer, tokenizer.encode(text + tokenizer.eos_token, add_special_tokens=False))
+        messages.append({"role": "assistant", "content": clerk(messages, rng, **habits)})
         if turn < turns:
-            dialogue.add_user(tokenizer, customer.one_reply(dialogue.messages, prompt.secret, rng))
-    return dialogue
+            messages.append({"role": "user", "content": customer.one_reply(messages, prompt.secret, rng)})
+    return messages
 
 
 # Who writes the data's two answers: a clerk of the shop's best, whose dialogue it is, and a novice. Pairs of real data
@@ -137,20 +144,26 @@ NOVICE = dict(uses=0.5, remembers=0.5, asks=0.5)
 LENGTHS = (0.769, 0.121, 0.064, 0.032, 0.014)  # H = 1..5 in the paper's offline data (its Table 3, LT-OFFLINE)
 
 
-def offline_dialogues(tokenizer, rows):
+class Logs:
     """Logs of other people: an expert, and customers who insist. Their histories are not the policy's own: nothing that
-    was said has to be remembered there, since it is said again, and what was said before may no longer hold. Each row
-    is a dialogue and the same with a novice's answer at the last turn."""
-    logs = []
-    for row in rows:
+    was said has to be remembered there, since it is said again, and what was said before may no longer hold. Each has a
+    novice's second answer to its last turn. A sequence whose rows are made when they are read."""
+
+    def __len__(self):
+        return POOL["train"]
+
+    def __getitem__(self, row):
         rng = random.Random(seed_for("offline", row))
-        wishes = {name: rng.choice(values) for name, values in WISHES.items()}
-        prompt = Prompt(f"something {wishes[rng.choice(list(WISHES))]} please", wishes)
+        prompt = new_customer(rng)
         turns = rng.choices(range(1, 6), LENGTHS)[0]
-        first = clerk_dialogue(tokenizer, prompt, Customer(insists=True), rng, turns, **EXPERT)
-        other = clerk(first.reset(turns).messages, rng, **NOVICE) + tokenizer.eos_token
-        logs.append((first, first.reset(turns).add_answer(tokenizer, tokenizer.encode(other, add_special_tokens=False))))
-    return logs
+        messages = clerk_dialogue(prompt, Customer(insists=True), rng, turns, **EXPERT)
+        rejected = clerk(messages[:-1], rng, **NOVICE)
+        texts = [m["content"] for m in messages]
+        return Logged(tuple(texts[::2]), tuple(texts[1:-1:2]), texts[-1], rejected, prompt.secret)
+
+
+def load_logs():
+    return Logs()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -180,12 +193,15 @@ def make_tokenizer():
 
 
 RECIPE = dict(steps=350, batch=32, lr=3e-3, turns=5, uses=0.95, remembers=0.75, asks=0.5, hidden=96, layers=3, seed=0)
+SHAPE = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3, head_dim=32, vocab_size=40)
+plan.KNOWN["toy"] = SHAPE  # so that --plan needs no base policy
 
 
-def is_built(folder):
-    """Whether the folder holds the base policy of this very recipe."""
-    path = os.path.join(folder, "recipe.json")
-    return os.path.exists(path) and read_json(path) == RECIPE
+def build_policy():
+    """The base policy in FOLDER, trained unless it is there by this very recipe."""
+    path = os.path.join(FOLDER, "recipe.json")
+    if not os.path.exists(path) or read_json(path) != RECIPE:
+        base_policy(FOLDER)
 
 
 def base_policy(folder, recipe=RECIPE):
@@ -197,8 +213,6 @@ def base_policy(folder, recipe=RECIPE):
 
     About 0.34 M parameters; heads of 32, which vLLM's CPU attention wants. A policy that has not learned to copy the
     customer's words cannot be improved by any method, so training runs until it does (steps were chosen for that)."""
-    import torch
-    from tqdm import tqdm
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = make_tokenizer()
@@ -220,14 +234,11 @@ def base_policy(folder, recipe=RECIPE):
     for step in bar:
         batch = prompts[step * recipe["batch"] : (step + 1) * recipe["batch"]]
         habits = {k: recipe[k] for k in ("turns", "uses", "remembers", "asks")}
-        rows = [clerk_dialogue(tokenizer, prompt, Customer(), rng, **habits) for prompt in batch]
-        length = max(len(d.ids) for d in rows)
-        ids_BT = torch.full((len(rows), length), tokenizer.pad_token_id)
-        labels_BT = torch.full((len(rows), length), -100)  # the user's words are not predicted
-        for i, d in enumerate(rows):
-            ids_BT[i, : len(d.ids)] = torch.tensor(d.ids)
-            for start, end in d.spans:
-                labels_BT[i, start:end] = ids_BT[i, start:end]
+        rows = []
+        for prompt in batch:
+            messages = clerk_dialogue(prompt, Customer(), rng, **habits)
+            rows.append(tokenizer.apply_chat_template(messages, return_dict=False))
+        ids_BT, labels_BT = with_labels(rows, tokenizer)
         loss = model(input_ids=ids_BT, labels=labels_BT).loss
         loss.backward()
         optimizer.step()
@@ -244,3 +255,19 @@ def base_policy(folder, recipe=RECIPE):
 
     write_folder(folder, write)
     return folder
+
+
+def with_labels(rows, tokenizer):
+    """Padded ids (B, T), and labels that are the clerk's tokens, end token included: the user's words are not predicted."""
+    begin, end = tokenizer.convert_tokens_to_ids("<|assistant|>"), tokenizer.eos_token_id
+    length = max(map(len, rows))
+    ids_BT = torch.full((len(rows), length), tokenizer.pad_token_id)
+    labels_BT = torch.full((len(rows), length), -100)
+    for i, ids in enumerate(rows):
+        ids_BT[i, : len(ids)] = torch.tensor(ids)
+        answering = False
+        for t, token in enumerate(ids):
+            if answering:
+                labels_BT[i, t] = token
+            answering = token == begin or (answering and token != end)
+    return ids_BT, labels_BT

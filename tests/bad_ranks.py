@@ -8,13 +8,14 @@ from functools import partial
 
 sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 
-import processes  # first: it sets what torch reads when it is imported
+from machinery import ranks  # first: it sets what torch reads when it is imported
 
-import data
-import fsdp
+from machinery import data
+from machinery import fsdp
 import refuel
 from conftest import random_pairs
-from files import BadInput, rank, world
+from machinery.files import BadInput
+from machinery.ranks import rank, world
 
 FLAGS = "--setting toy --engine transformers --eta 1 --lr 1e-3 --weight-decay 0 --max-turns 2 --wave 8 --num-prompts 20"
 
@@ -40,8 +41,8 @@ def huge(logp_2B, old_2B, reward_2B, eta):
 def numbers(base, out):
     """{name: what came of it}; every rank computes all of it."""
     cfg, found, pairs = read(base, out), {}, [p._replace(rewards=(1.0, 0.0)) for p in random_pairs(9)]
-    policy, user, reward = refuel.load_speakers(base, cfg)
-    prompts = data.train_prompts(cfg, policy.tokenizer, 1)
+    policy, user, reward = simulator.load_cast(cfg)
+    prompts = simulator.train_prompts(cfg, policy.tokenizer, 1)
     collect = partial(refuel.collect, policy=policy, user=user, reward=reward, cfg=cfg)
     folder = lambda name: os.path.join(cfg.out, name)  # noqa: E731
     os.makedirs(cfg.out, exist_ok=True)
@@ -76,12 +77,12 @@ def numbers(base, out):
 
 if __name__ == "__main__":
     base, out = sys.argv[1:]
-    processes.start_processes()
+    ranks.start_processes()
     found = numbers(base, out)
     with open(os.path.join(out, f"found_{world()}_{rank()}.json"), "w") as file:
         json.dump(found, file)
-    refuel.barrier()
+    ranks.barrier()
     if rank() == world() - 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # this rank's disk is full; the others wait for it
-    with processes.one_line("bad_ranks.py"):
-        refuel.in_waves(os.path.join(out, f"waves_{world()}"), list(range(world())), 1, lambda rows, n: [rows], "waves")
+    with ranks.one_line("bad_ranks.py"):
+        ranks.in_waves(os.path.join(out, f"waves_{world()}"), list(range(world())), 1, lambda rows, n: [rows], "waves")

@@ -9,7 +9,7 @@
     python tests/bench.py lengths SHAREGPT.json --policy FOLDER
                                                             how tests/lengths.json was made
 
-Every variant goes through refuel.with_old_logps and refuel.regress; only the layout functions, of refuel.py, packing.py
+Every variant goes through refuel.with_old_logps and refuel.regress; only the layout functions, of refuel.py, logps.py
 and fsdp.py, are exchanged, and the log-probs of all of them must agree to 1e-4 a token (bfloat16: 1e-1). FLOPs of matrix
 products are counted in what ran, as multiples of those with the weights on unique tokens; the share of the matmul rate
 is of those and attention's. Times are medians of repeats in which the variants
@@ -38,11 +38,11 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-import engines  # noqa: E402
-import files  # noqa: E402
-import fsdp  # noqa: E402
-import packing  # noqa: E402
-import processes  # noqa: E402
+from machinery import engines  # noqa: E402
+from machinery import files  # noqa: E402
+from machinery import fsdp  # noqa: E402
+from machinery import logps  # noqa: E402
+from machinery import ranks  # noqa: E402
 import simulator  # noqa: E402
 
 LENGTHS = os.path.join(ROOT, "tests", "lengths.json")
@@ -157,11 +157,11 @@ def dense(rows_of):
     """Pairs in rows that are padded to the longest of them, under a mask of each row; rows_of(lengths): which in which."""
 
     def pair_logps(model, pairs, temperature=1.0):
-        device, rows = model.lm_head.weight.device, rows_of(list(map(packing.pair_length, pairs)))
-        T = max(sum(packing.pair_length(pairs[i]) for i in row) for row in rows)
+        device, rows = model.lm_head.weight.device, rows_of(list(map(logps.pair_length, pairs)))
+        T = max(sum(logps.pair_length(pairs[i]) for i in row) for row in rows)
         ids_RT, position_RT, pair_RT, branch_RT, where_N, target_N, owner_N = ([] for _ in range(7))
         for r, row in enumerate(rows):
-            ids_1T, position_1T, lengths, where, target, owner = packing.pack([pairs[i] for i in row])
+            ids_1T, position_1T, lengths, where, target, owner = logps.pack([pairs[i] for i in row])
             for rows_T, x, fill in zip((ids_RT, position_RT, pair_RT, branch_RT),
                                        (ids_1T[0], position_1T[0], *whose(lengths)), (0, 0, -1, 0)):  # fmt: skip
                 rows_T.append(F.pad(x, (0, T - len(x)), value=fill))
@@ -175,20 +175,20 @@ def dense(rows_of):
         hidden_RTD = model.model(input_ids=ids_RT, attention_mask=sees_RTT[:, None], position_ids=position_RT,
                                  use_cache=False).last_hidden_state  # fmt: skip
         hidden_ND = hidden_RTD.flatten(0, 1).index_select(0, where_N)
-        logp_N = packing.SelectedLogps.apply(hidden_ND, model.lm_head.weight, target_N, temperature)
+        logp_N = logps.SelectedLogps.apply(hidden_ND, model.lm_head.weight, target_N, temperature)
         return torch.zeros(2 * len(pairs), device=device).index_add(0, owner_N, logp_N).view(2, -1)
 
     return pair_logps
 
 
 def logits_everywhere(model, ids_1T, position_1T, lengths, where_N, target_N, temperature):
-    """As packing.token_logps, but every position is projected onto the vocabulary."""
+    """As logps.token_logps, but every position is projected onto the vocabulary."""
     out = model.model(input_ids=ids_1T, position_ids=position_1T, lengths=lengths, use_cache=False)
     hidden_1TD = out.last_hidden_state
     others = torch.ones(hidden_1TD.shape[1], dtype=torch.bool, device=ids_1T.device).index_fill(0, where_N, False)
     rows_MD = torch.cat([hidden_1TD[0, where_N], hidden_1TD[0, others]])
     targets_M = F.pad(target_N, (0, len(rows_MD) - len(target_N)))
-    return packing.SelectedLogps.apply(rows_MD, model.lm_head.weight, targets_M, temperature)[: len(target_N)]
+    return logps.SelectedLogps.apply(rows_MD, model.lm_head.weight, targets_M, temperature)[: len(target_N)]
 
 
 class InOnePiece:
@@ -220,7 +220,7 @@ def one_by_one(pairs, tokens):
 
 
 def flex_logps(model, ids_1T, position_1T, lengths, where_N, target_N, temperature):
-    """As packing.token_logps, by one call of flex attention a layer: blocks of the row that nobody sees are skipped."""
+    """As logps.token_logps, by one call of flex attention a layer: blocks of the row that nobody sees are skipped."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     T, device = ids_1T.shape[1], ids_1T.device
@@ -232,7 +232,7 @@ def flex_logps(model, ids_1T, position_1T, lengths, where_N, target_N, temperatu
     block = create_block_mask(sees, None, None, T, T, device=device, _compile=ids_1T.is_cuda)
     out = model.model(input_ids=ids_1T, attention_mask=block, position_ids=position_1T, use_cache=False)
     hidden_ND = out.last_hidden_state[0].index_select(0, where_N)
-    return packing.SelectedLogps.apply(hidden_ND, model.lm_head.weight, target_N, temperature)
+    return logps.SelectedLogps.apply(hidden_ND, model.lm_head.weight, target_N, temperature)
 
 
 def nothing_again(model, _):
@@ -273,7 +273,7 @@ def exchanged(parts):
 
 def run_step(model, optimizer, pairs, cfg, attention="pairs", parts={}):
     """Old log-probs, forward, backward, AdamW on one batch; returns the old log-probs (2, B)."""
-    packing.attend_in_pairs(model).set_attn_implementation(attention)
+    logps.attend_in_pairs(model).set_attn_implementation(attention)
     with exchanged(parts):
         # each time: TRL's trainer has its own way with the same model
         fsdp.checkpoint_activations(model, cfg.activation_checkpointing)
@@ -422,7 +422,7 @@ def measure_step(args):
         row["pairs_per_second"] = args.pairs / statistics.median(row["seconds"])
         row["ours_over_it"] = statistics.median(s / o for s, o in zip(row["seconds"], rows["ours"]["seconds"]))
         row["share"] = statistics.median(row["share"])
-    unique = sum(map(packing.pair_length, pairs))
+    unique = sum(map(logps.pair_length, pairs))
     return dict(rows=rows, matmul=statistics.median(rates), pairs=args.pairs, unique_tokens=unique, device=args.device,
                 model=args.model)  # fmt: skip
 
@@ -457,7 +457,7 @@ def timed_steps(model, batches, repeats, base_cfg):
 
 def one_rank(args):
     """This process's part of a step on --pairs pairs, under torchrun; rank 0 prints all ranks' seconds."""
-    model = packing.attend_in_pairs(make_model(args.model, args.device))
+    model = logps.attend_in_pairs(make_model(args.model, args.device))
     fsdp.shard(model)
     pairs = make_pairs(args.pairs, args.seed, model.config.vocab_size)
     seconds = timed_steps(model, [pairs], args.repeats, step_cfg(args))
@@ -478,7 +478,7 @@ def measure_growth(args):
         batches[f"{len(ends)} pairs, a prefix of {length}"] = [p._replace(prefix=ids) for p in ends]
     for name, batch, seconds in zip(batches, batches.values(), timed_steps(model, list(batches.values()), args.repeats,
                                                                            step_cfg(args))):  # fmt: skip
-        tokens = sum(map(packing.pair_length, batch))
+        tokens = sum(map(logps.pair_length, batch))
         rows.append(dict(what=name, tokens=tokens, seconds=seconds, flops=flops(model, batch)))
     del model
     for ranks in (1, 2) if args.device == "cpu" else ():
@@ -486,7 +486,7 @@ def measure_growth(args):
         command += [__file__, "rank", "--model", args.model, "--repeats", str(args.repeats), "--pairs", str(4 * args.pairs)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=True)
         batch = make_pairs(4 * args.pairs, args.seed, words)
-        rows.append(dict(what=f"{len(batch)} pairs on {ranks} ranks", tokens=sum(map(packing.pair_length, batch)),
+        rows.append(dict(what=f"{len(batch)} pairs on {ranks} ranks", tokens=sum(map(logps.pair_length, batch)),
                          seconds=json.loads(done.stdout.splitlines()[-1])))  # fmt: skip
     return dict(rows=rows, model=args.model)
 
@@ -540,8 +540,8 @@ def measure_generation(args):
     """One iteration's collection, --pairs prompts, by each engine: tokens computed for each needed one, and speed.
 
     The toy without --policy; else that checkpoint as policy and as user, on openings of this file, and --reward."""
-    import data
-    import rewards
+    from machinery import data
+    from machinery import rewards
     import toy
     from simulator import Dialogue
 
@@ -560,7 +560,7 @@ def measure_generation(args):
         if args.policy:
             prompts = [Dialogue.start(policy.tokenizer, text) for text in (OPENINGS * args.pairs)[: args.pairs]]
         else:
-            prompts = data.train_prompts(refuel.replace(cfg, num_prompts=args.pairs), policy.tokenizer, 1)
+            prompts = simulator.train_prompts(refuel.replace(cfg, num_prompts=args.pairs), policy.tokenizer, 1)
         refuel.collect(prompts[:2], policy, user, reward, cfg, refuel.np.random.default_rng(9))  # the libraries' start
         policy.update(files.read_weights(path))  # an iteration begins with an empty cache
         speakers = {"policy": Oracle(policy)} | ({"user": Oracle(user.ask.engine)} if args.policy else {})
@@ -628,7 +628,7 @@ def main():
         rows = make_lengths(args.file, simulator.load_tokenizer(args.policy))
         files.write_file(LENGTHS, "[\n" + ",\n".join(json.dumps(r, separators=(",", ":")) for r in rows) + "\n]\n")
         return
-    processes.start_processes()
+    ranks.start_processes()
     if args.what == "rank":
         return one_rank(args)
     measure, table = {"step": (measure_step, step_table), "growth": (measure_growth, growth_table),

@@ -11,7 +11,7 @@ import refuel  # noqa: E402  (first: it sets what torch and vLLM read when they 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import processes  # noqa: E402
+from machinery import ranks  # noqa: E402
 import toy  # noqa: E402
 from simulator import Dialogue  # noqa: E402
 
@@ -90,7 +90,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def process_group():
-    processes.start_processes()
+    ranks.start_processes()
 
 
 @pytest.fixture

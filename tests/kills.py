@@ -12,7 +12,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import processes  # noqa: F401  (first: it sets what torch reads when it is imported)
+from machinery import ranks  # noqa: F401  (first: it sets what torch reads when it is imported)
 
 import matplotlib.pyplot  # noqa: F401  (imported here so that no attempt has to)
 import torch.distributed.fsdp
@@ -20,7 +20,7 @@ import torch.distributed.tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM  # noqa: F401
 
 import evaluate  # noqa: F401
-import files
+from machinery import files
 import refuel
 
 

@@ -42,7 +42,7 @@ def measure(path, flags):
     from conftest import random_pairs
 
     cfg = refuel.read_config([*flags.split(), "--policy", path])
-    processes.start_processes()
+    ranks.start_processes()
     small = os.path.join(path, "small")  # the same once before, so that nothing is imported while it is measured
     model = refuel.load_policy(small, cfg)
     refuel.regress(model, refuel.make_optimizer(model, cfg), random_pairs(4), cfg)
@@ -62,8 +62,8 @@ def measure(path, flags):
 
 
 def main():
-    import plan
-    from files import rank
+    from machinery import plan
+    from machinery.ranks import rank
 
     for checkpointing in ("none", "selective", "full"):
         flags = f"--setting toy --batch-size 2 --num-prompts 4 --micro-tokens 2048 --activation-checkpointing {checkpointing}"

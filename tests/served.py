@@ -80,14 +80,15 @@ def fake(port):
 
 def one_rank(out):
     """Ask the node's server, then play on until ended."""
-    import serve
-    from files import rank, world, write_file
+    from machinery import serve
+    from machinery.files import write_file
+    from machinery.ranks import rank, world
 
     serve.command = lambda path, port, room, memory: [sys.executable, os.path.abspath(__file__), "fake", str(port)]
     if world() > 1:
         import processes
 
-        processes.start_processes()
+        ranks.start_processes()
     ask = serve.Served("a model", os.path.join(out, "user_0.log"), 99, None)
     replies = list(ask(["hello"]))
     write_file(os.path.join(out, f"rank_{rank()}.json"), json.dumps([ask.url, replies]))

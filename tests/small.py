@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
 
-import files
-import rewards
+from machinery import files
+from machinery import rewards
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHAREGPT = os.path.join("data", "ShareGPT_V3_unfiltered_cleaned_split.json")

@@ -24,20 +24,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bad_ranks
-import data
-import engines
+from machinery import data
+from machinery import engines
 import evaluate
-import files
-import fsdp
-import judges
-import packing
-import processes
+from machinery import files
+from machinery import fsdp
+from machinery import judges
+from machinery import logps
+from machinery import ranks
 import refuel
 import simulator
 import toy
-from ask import Server
+from machinery.ask import Server
 from conftest import ROOT, random_pairs
-from files import BadInput
+from machinery.files import BadInput
 from simulator import Dialogue, LLMUser
 from test_judges import DRIP, HUGE, KEY, NULL, Scripted, everything_in, serve  # noqa: F401
 from test_refuel import broken_checkpoint, run_folder
@@ -68,7 +68,7 @@ def test_a_disk_that_is_full_at_any_write_is_one_line_and_with_room_the_run_goes
 
 
 def stops_with_one_line(work, capsys, *words):
-    with pytest.raises(SystemExit) as stop, processes.one_line("refuel.py"):
+    with pytest.raises(SystemExit) as stop, ranks.one_line("refuel.py"):
         work()
     *bars, error = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and error.startswith("refuel.py: ") and all(word in error for word in words), error
@@ -90,7 +90,7 @@ def test_every_way_in_which_a_folder_cannot_be_written_is_one_line(number, word,
     monkeypatch.setattr("builtins.open", refuse)
     for work in (lambda: processes.open_run(cfg), lambda: toy.base_policy(str(tmp_path / "b"), toy.RECIPE | dict(steps=1)),
                  lambda: fsdp.save_policy(str(tmp_path / "p"), model, base), lambda: files.write_lines("x", [1]),
-                 lambda: files.in_waves(str(tmp_path / "w"), [1], 1, None, "w"),
+                 lambda: ranks.in_waves(str(tmp_path / "w"), [1], 1, None, "w"),
                  lambda: fsdp.save_training(str(tmp_path), model, None, 1), lambda: processes.log(cfg, {"iteration": 1}),
                  lambda: evaluate.claim(str(tmp_path), {}, cfg), lambda: judge(*talks)):  # fmt: skip
         stops_with_one_line(work, capsys, word)
@@ -212,7 +212,7 @@ def test_a_user_that_refuses_connections_is_given_up_at_once(tokenizers):
 
 def test_a_dead_user_stops_the_collection_above_5_per_cent_and_a_living_one_takes_it_up(base, cfg, serve, tmp_path):
     policy, path = engines.load_engine(base, cfg), str(tmp_path / "iter_1")
-    prompts = data.train_prompts(cfg, policy.tokenizer, 1)
+    prompts = simulator.train_prompts(cfg, policy.tokenizer, 1)
     cfg = replace(cfg, max_turns=3)
     os.makedirs(cfg.out)
 
@@ -436,7 +436,7 @@ def test_the_ids_under_the_mask_are_the_sampled_ids_whatever_anybody_says(tokeni
         at = stop
     assert at == len(dialogue.ids) and [m["content"] for m in dialogue.messages[::2]] == heard
     pair = refuel.Pair(dialogue.ids[: dialogue.spans[-1][0]], dialogue.answer(h), [end], (0, 0), h, h)
-    assert packing.pack([pair])[4].tolist() == dialogue.answer(h) + [end]
+    assert logps.pack([pair])[4].tolist() == dialogue.answer(h) + [end]
 
 
 # --- numbers, and more ranks than pairs --------------------------------------------------------------------------
@@ -515,7 +515,7 @@ def test_a_full_disk_on_one_rank_ends_them_all_with_one_line(on_ranks):
 def test_no_rank_outlives_its_torchrun(tmp_path):
     script = tmp_path / "waits.py"
     script.write_text(f"import sys\nsys.path.insert(0, {ROOT!r})\nimport time, refuel\nrefuel.start_processes()\n"
-                      f"open(f'{tmp_path}/up_{{refuel.rank()}}', 'w')\ntime.sleep(300 * refuel.rank())\nrefuel.barrier()\n")  # fmt: skip
+                      f"open(f'{tmp_path}/up_{{refuel.rank()}}', 'w')\ntime.sleep(300 * refuel.rank())\nranks.barrier()\n")  # fmt: skip
     mark = f"BAD_DAY={tmp_path}"
     run = torchrun(2, str(script), env=os.environ | {"BAD_DAY": str(tmp_path)})
     try:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import baselines
-import files
+from machinery import files
 import refuel
 import toy
 from baselines import METHODS, dpo_loss, rloo_loss

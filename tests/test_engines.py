@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-import engines
-import files
+from machinery import engines
+from machinery import files
 import toy
 from simulator import Dialogue, rollout
 

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-import data
-import engines
+from machinery import data
+from machinery import engines
 import evaluate
-import files
-import packing
-import rewards
+from machinery import files
+from machinery import logps
+from machinery import rewards
 import simulator
 from conftest import ROOT, dialogue
 from evaluate import by_reward, dialogue_logps, length_controlled, win_rate
-from files import BadInput
+from machinery.files import BadInput
 from simulator import Dialogue
 from test_judges import KEY, everything_in, serve, sides  # noqa: F401
 
@@ -168,7 +168,7 @@ def exact_kl(model, base, temperature, turns=2):
 
 
 def in_pairs(model):
-    return packing.attend_in_pairs(copy.deepcopy(model))
+    return logps.attend_in_pairs(copy.deepcopy(model))
 
 
 @pytest.fixture(scope="module", params=[1.0, 0.7])
@@ -341,7 +341,7 @@ def test_a_checkpoint_of_another_kind_gets_its_own_engine_and_no_kl(trained, bas
     results, played = evaluate.evaluate({"odd": odd, "same": base}, str(tmp_path), engine, user, reward, cfg)
     assert "kl" not in results["odd"] and results["same"]["kl"] == 0
     own = engines.load_engine(odd, cfg)
-    alone = simulator.rollout(data.test_prompts(cfg, own.tokenizer), own, user, [2] * 6)
+    alone = simulator.rollout(simulator.test_prompts(cfg, own.tokenizer), own, user, [2] * 6)
     assert [d.ids for d in played["odd"]] == [d.ids for d in alone] != [d.ids for d in played["base"]]
     assert [d.ids for d in played["same"]] == [d.ids for d in played["base"]]
     assert "| odd |" in evaluate.table(results)

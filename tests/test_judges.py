@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import evaluate
-import judges
-from ask import Server
+from machinery import judges
+from machinery.ask import Server
 from conftest import dialogue
-from files import BadInput
-from judges import LLMJudge, vote
+from machinery.files import BadInput
+from machinery.judges import LLMJudge, vote
 
 # --- the judge's prompt and its verdict -------------------------------------------------------------------------
 

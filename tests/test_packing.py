@@ -4,22 +4,22 @@ from collections import Counter
 import pytest
 import torch
 
-import packing
+from machinery import logps
 from conftest import random_pairs
-from packing import micro_batches, pair_logps
+from machinery.logps import micro_batches, pair_logps
 from refuel import Pair
 
 
 @pytest.fixture
 def model(model):
-    return packing.attend_in_pairs(model)
+    return logps.attend_in_pairs(model)
 
 
 def plain_logits(model, ids):
     """(T, V), with transformers' own attention."""
     model.set_attn_implementation("eager")
     logits_TV = model(torch.tensor([ids])).logits[0]
-    packing.attend_in_pairs(model)
+    logps.attend_in_pairs(model)
     return logits_TV
 
 
@@ -85,7 +85,7 @@ def test_attention_of_a_packed_row_equals_dense_attention_under_its_mask():
     q, k, v = (torch.randn(1, heads, T, 16, generator=g).requires_grad_() for heads in (4, 2, 2))
     scores = (q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.3).masked_fill(~sees, -torch.inf)
     dense = (scores.softmax(-1) @ v.repeat_interleave(2, 1)).transpose(1, 2)
-    ours, _ = packing.pair_attention(None, q, k, v, None, lengths, scaling=0.3)
+    ours, _ = logps.pair_attention(None, q, k, v, None, lengths, scaling=0.3)
     assert torch.allclose(ours, dense, atol=1e-6)
     up = torch.randn(ours.shape, generator=g)
     for a, b in zip(*(torch.autograd.grad(x, (q, k, v), up) for x in (ours, dense))):
@@ -101,17 +101,17 @@ def test_a_model_with_another_attention_is_refused(model):
 def test_only_sampled_tokens_are_in_the_loss(model):
     """Bug by name: user tokens in the loss. Another prefix's tokens are conditioned on, never scored."""
     pair = random_pairs(1)[0]
-    _, _, _, where, target, owner = packing.pack([pair])
+    _, _, _, where, target, owner = logps.pack([pair])
     assert target.tolist() == pair.y + pair.y2 and owner.tolist() == [0] * len(pair.y) + [1] * len(pair.y2)
     assert where.min() == len(pair.prefix) - 1
 
 
 def test_blocked_logps_equal_autograds(monkeypatch):
-    monkeypatch.setitem(packing.SelectedLogps.BLOCK, "cpu", (3, 4))  # of 8 tokens and 11 words
+    monkeypatch.setitem(logps.SelectedLogps.BLOCK, "cpu", (3, 4))  # of 8 tokens and 11 words
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(8, 5, generator=g, requires_grad=True), torch.randn(11, 5, generator=g).requires_grad_()
     target, up = torch.randint(11, (8,), generator=g), torch.randn(8, generator=g)
-    ours = packing.SelectedLogps.apply(hidden, weight, target, 0.8)
+    ours = logps.SelectedLogps.apply(hidden, weight, target, 0.8)
     theirs = torch.log_softmax(hidden @ weight.T / 0.8, -1).gather(1, target[:, None])[:, 0]
     assert torch.allclose(ours, theirs, atol=1e-6)
     for a, b in zip(*(torch.autograd.grad(x, (hidden, weight), up) for x in (ours, theirs))):
@@ -119,7 +119,7 @@ def test_blocked_logps_equal_autograds(monkeypatch):
 
 
 def test_no_tensor_of_all_tokens_by_the_vocabulary_lives(model, monkeypatch):
-    monkeypatch.setitem(packing.SelectedLogps.BLOCK, "cpu", (16, 30))
+    monkeypatch.setitem(logps.SelectedLogps.BLOCK, "cpu", (16, 30))
     pairs, kept = random_pairs(40), []
     tokens = sum(len(p.y) + len(p.y2) for p in pairs)
 
@@ -142,10 +142,10 @@ def test_micro_batches_keep_to_the_budget_and_every_rank_has_as_many(monkeypatch
         counts.add(len(micros))
         for micro, share in micros:
             assert share in (0, len(micro) / 23)
-            assert packing.pack(micro)[0].numel() <= 100 or len(micro) == 1
+            assert logps.pack(micro)[0].numel() <= 100 or len(micro) == 1
             seen.update({id(p): 1 for p in micro if share})
     assert len(counts) == 1 and len(seen) == 23 and set(seen.values()) == {1}
 
 
 def test_lengths_of_a_pair_are_counted_once():
-    assert packing.pair_length(Pair([1, 2], [3], [4, 5], (0, 0), 1, 1)) == 5
+    assert logps.pair_length(Pair([1, 2], [3], [4, 5], (0, 0), 1, 1)) == 5

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-import data
-import engines
-import packing
-import plan
+from machinery import data
+from machinery import engines
+from machinery import logps
+from machinery import plan
 import refuel
 import toy
-from files import BadInput
+from machinery.files import BadInput
 
 DEFAULTS = {name: options.get("default", False) for name, options in plan.FLAGS.items()}
 
@@ -62,14 +62,14 @@ class Clerk:
 
 def test_tokens_are_those_of_a_real_collection(cfg):
     clerk, n = Clerk(), 1500
-    pairs = refuel.collect(data.train_prompts(replace(cfg, num_prompts=n), clerk.tokenizer, 1), clerk, toy.Customer(),
+    pairs = refuel.collect(simulator.train_prompts(replace(cfg, num_prompts=n), clerk.tokenizer, 1), clerk, toy.Customer(),
                            toy.Reward(), cfg, np.random.default_rng(0))  # fmt: skip
     answers = [end - start for p in pairs for d in p.dialogues for start, end in d.spans]
     questions = [start - before for p in pairs for d in p.dialogues
                  for (start, _), before in zip(d.spans, [0] + [end for _, end in d.spans])]  # fmt: skip
     count = clerk.count | Counter({
         "reward: read": sum(len(d.ids) for p in pairs for d in p.dialogues),
-        "trainer: forward and backward": sum(packing.pair_length(p) for p in pairs),
+        "trainer: forward and backward": sum(logps.pair_length(p) for p in pairs),
         "policy: prefilled": sum(d.spans[h][0] - (d.spans[h - 1][1] if h else 0) for p in pairs for k, d in
                                  enumerate(p.dialogues) for h in range(p.h if k else 0, p.H)),
     })  # fmt: skip

@@ -9,7 +9,7 @@ import shlex
 import pytest
 
 import baselines
-import plan
+from machinery import plan
 import refuel
 from conftest import ROOT
 

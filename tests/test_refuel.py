@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-import files
-import fsdp
-import packing
+from machinery import files
+from machinery import fsdp
+from machinery import logps
 import refuel
 import toy
 from bench import peak_bytes
@@ -62,7 +62,7 @@ def test_the_loss_ignores_a_constant_in_the_rewards_and_the_order_of_a_pair():
 
 @pytest.fixture
 def model(model):
-    return packing.attend_in_pairs(model)
+    return logps.attend_in_pairs(model)
 
 
 def test_activation_checkpointing_saves_memory_and_where_it_is_selective_computes_no_product_twice(base, cfg):
@@ -103,7 +103,7 @@ def on_ranks(base, tmp_path_factory):
 def on_nodes(base, out, nodes, per_node, *flags):
     """tests/two_ranks.py on several nodes: one torchrun a node, which meet on the loopback interface."""
     from safetensors.torch import load_file
-    from serve import free_port
+    from machinery.serve import free_port
 
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc_per_node", str(per_node),
                "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "nodes",

@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import pytest
 
-import files
-import serve
+from machinery import files
+from machinery import serve
 import served
 import simulator
 from conftest import ROOT, make_asker
-from files import BadInput
+from machinery.files import BadInput
 from simulator import Dialogue
 
 

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-import data
-import engines
+from machinery import data
+from machinery import engines
 import evaluate
-import files
+from machinery import files
 import refuel
-import rewards
+from machinery import rewards
 import simulator
 from conftest import LLAMA3
-from files import BadInput
+from machinery.files import BadInput
 from simulator import DataUser, Dialogue, LLMUser, next_question, rollout
 from test_judges import Scripted
 
@@ -393,15 +393,15 @@ def test_ultrainteract_is_grouped_by_first_prompt_and_what_is_dropped_is_counted
 
 def test_prompts_are_drawn_from_the_split_and_offline_dialogues_have_canonical_ids(place):
     cfg, tokenizer = place(GOOD)
-    prompts = data.train_prompts(cfg, tokenizer, 1)
+    prompts = simulator.train_prompts(cfg, tokenizer, 1)
     assert len({p.messages[0]["content"] for p in prompts}) == 6
-    for first, second in data.offline_prompts(cfg, tokenizer, 1):
+    for first, second in simulator.offline_prompts(cfg, tokenizer, 1):
         H = len(first.spans)
         assert first.ids == tokenizer.apply_chat_template(first.messages, return_dict=False)
         assert first.messages[:-1] == second.messages[:-1] and first.reset(H).ids == second.reset(H).ids
         assert (first.messages[-1]["content"], second.messages[-1]["content"]) == ("good", "bad") and H in (1, 2)
     with pytest.raises(BadInput, match="only 2 test prompts"):
-        data.test_prompts(replace(cfg, eval_dialogues=3), tokenizer)
+        simulator.test_prompts(replace(cfg, eval_dialogues=3), tokenizer)
 
 
 def hh(*texts, last="worse"):
@@ -420,7 +420,7 @@ def test_hh_is_read_as_text_or_messages_with_setting_twos_caps(place):
     listed = [{k: [{"role": r, "content": t} for r, t in data.turns_of(v)] for k, v in row.items()} for row in rows]
     other, _ = place(listed, "listed.jsonl", user="dataset")
     assert data.load_split(other, "train", tokenizer) == found.train
-    prompts = data.train_prompts(replace(cfg, num_prompts=2), tokenizer, 1)
+    prompts = simulator.train_prompts(replace(cfg, num_prompts=2), tokenizer, 1)
     _, h, H = refuel.from_the_start(prompts, cfg, refuel.np.random.default_rng(0))
     assert H.tolist() == [2, 2] and (1 <= h).all() and (h <= 2).all()
 

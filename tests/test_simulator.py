@@ -3,12 +3,12 @@ import os
 
 import pytest
 
-import data
-import files
+from machinery import data
+from machinery import files
 import refuel
 import simulator
 import toy
-from files import BadInput
+from machinery.files import BadInput
 from simulator import Dialogue, Prompt, rollout
 
 NAMES = ["toy", "chatml", "llama3"]
@@ -221,9 +221,9 @@ def test_waves_are_played_once_and_read_back_in_order(tmp_path):
     path = str(tmp_path / "rows.jsonl")
     os.makedirs(f"{path}.parts")
     files.write_lines(f"{path}.parts/00001.jsonl", [{"x": "kept"}])
-    rows = files.in_waves(path, list(range(5)), 2, work, "test")
+    rows = ranks.in_waves(path, list(range(5)), 2, work, "test")
     assert [r["x"] for r in rows] == [0, 1, "kept", 4] and played == [0, 2]
-    assert files.in_waves(path, list(range(5)), 2, work, "test") == rows and played == [0, 2]
+    assert ranks.in_waves(path, list(range(5)), 2, work, "test") == rows and played == [0, 2]
 
 
 def test_no_reader_ever_sees_half_a_file(tmp_path, monkeypatch):
@@ -237,6 +237,6 @@ def test_no_reader_ever_sees_half_a_file(tmp_path, monkeypatch):
 
 def test_prompts_are_drawn_without_replacement_and_anew_each_iteration(cfg):
     tokenizer = toy.make_tokenizer()
-    first, second = (data.train_prompts(cfg, tokenizer, t) for t in (1, 2))
+    first, second = (simulator.train_prompts(cfg, tokenizer, t) for t in (1, 2))
     assert [d.secret for d in first] != [d.secret for d in second] and len(first) == cfg.num_prompts
     assert isinstance(toy.load_prompts("test", 1)[0], Prompt) and refuel.Config is type(cfg)

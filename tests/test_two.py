@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import baselines
-import data
+from machinery import data
 import evaluate
-import files
-import fsdp
-import packing
-import processes
+from machinery import files
+from machinery import fsdp
+from machinery import logps
+from machinery import ranks
 import refuel
-import rewards
+from machinery import rewards
 import simulator
 from conftest import dialogue, random_pairs
 from simulator import Dialogue
@@ -93,7 +93,7 @@ def updates(base, cfg, tmp_path):
     """Five updates of setting two's kind in the toy world; two of the first four leave a policy, two a state."""
     cfg = replace(cfg, iterations=5, num_prompts=8, batch_size=8, epochs=2, policy_every=3, checkpoint_steps=2,
                   train_layers=1, gamma=0.5, penalty=-1.0, lr=1e-3, eta=2.0, max_new_tokens=11)  # fmt: skip
-    speakers = refuel.load_speakers(base, cfg)
+    speakers = simulator.load_cast(cfg)
 
     def run(name, stop=None):
         own = replace(cfg, out=str(tmp_path / name))
@@ -203,7 +203,7 @@ def test_log_probs_of_dialogues_of_many_lengths_are_those_of_each_alone(model):
     tokenizer = Talker().tokenizer
     some = [Dialogue.start(tokenizer, "go on").add_answer(tokenizer, [7, 2])]
     some.append(some[0].until(1).add_user(tokenizer, "not sure").add_answer(tokenizer, [9, 9, 2]))
-    logp_NH = evaluate.dialogue_logps(packing.attend_in_pairs(model), some, 0.8)
+    logp_NH = logps.dialogue_logps(logps.attend_in_pairs(model), some, 0.8)
     for d, row in zip(some, logp_NH):
         pairs = [refuel.Pair(d.reset(h).ids, d.answer(h), [2], (0, 0), h, h) for h in range(1, len(d.spans) + 1)]
         assert np.allclose(row[: len(d.spans)], row_logps(model, pairs, 0.8)[0].detach(), atol=1e-5)
@@ -285,8 +285,8 @@ def test_an_answer_has_table_5s_limit_for_its_number_of_turns(two, monkeypatch):
     monkeypatch.setattr(data, "ULTRAINTERACT_CAPS", {1: (99, 7), 2: (99, 5), 3: (99, 4), 4: (99, 3), 5: (99, 3)})
     said = [[x for q in questions(i) for x in (q, "y")][:-1] for i in range(18)]
     cfg = refuel.read_config(two([ultra(*row, chosen="g") for row in said], "ultra.jsonl", "--max-new-tokens 6"))
-    policy, user, _ = refuel.load_speakers(cfg.policy, cfg)
-    prompts = data.train_prompts(replace(cfg, num_prompts=12), policy.tokenizer, 1)
+    policy, user, _ = simulator.load_cast(cfg)
+    prompts = simulator.train_prompts(replace(cfg, num_prompts=12), policy.tokenizer, 1)
     for d in simulator.rollout(prompts, policy, user, [1 + len(p.secret) for p in prompts]):
         limit = {1: 6, 2: 5, 3: 4, 4: 3}[len(d.spans)]
         lengths = [len(d.answer(h)) for h in range(1, len(d.spans) + 1)]

@@ -8,15 +8,15 @@ sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.p
 from dataclasses import replace
 from functools import partial
 
-import processes  # first: it sets what torch reads when it is imported
+from machinery import ranks  # first: it sets what torch reads when it is imported
 
-import data
-import fsdp
+from machinery import data
+from machinery import fsdp
 import refuel
 import torch
 from conftest import random_pairs
-from files import rank, world
-from packing import pair_logps
+from machinery.ranks import rank, world
+from machinery.logps import pair_logps
 
 
 def results(base, cfg):
@@ -54,11 +54,11 @@ if __name__ == "__main__":
     flags = f"--setting toy --policy {base} --batch-size 8 --micro-tokens 128 --lr 1e-3 --eta 1 --out {out}"
     flags += " --num-prompts 40 --wave 8 --engine transformers"
     cfg = refuel.read_config([*flags.split(), *more])
-    processes.start_processes()
+    ranks.start_processes()
     found = results(base, cfg)
-    policy, user, reward = refuel.load_speakers(base, cfg)
+    policy, user, reward = simulator.load_cast(cfg)
     collect = partial(refuel.collect, policy=policy, user=user, reward=reward, cfg=cfg)
-    refuel.collected(os.path.join(out, f"ranks_{world()}"), collect, data.train_prompts(cfg, policy.tokenizer, 1), cfg, 1)
+    refuel.collected(os.path.join(out, f"ranks_{world()}"), collect, simulator.train_prompts(cfg, policy.tokenizer, 1), cfg, 1)
     if rank() == 0:
         save_file(found, os.path.join(out, f"ranks_{world()}.safetensors"))
-    refuel.barrier()
+    ranks.barrier()

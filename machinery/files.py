@@ -1,20 +1,25 @@
-"""Checkpoints, files and ranks: what a run finds, keeps and shares.
+"""Files that are whole or not there, checkpoint folders, and BadInput.
 
 Weights are safetensors, never a pickle, and no code of a checkpoint is run. A file has its final name only when it is
 whole; metrics.jsonl alone grows by its lines.
 """
 import contextlib
+import functools
 import glob
+import hashlib
 import json
 import math
 import os
 import shutil
 
-from tqdm import tqdm
-
 
 class BadInput(ValueError):
     """Something the user of the program can mend: shown as one line, exit code 2, no traceback."""
+
+
+def brief(error):
+    """An error's own words in one line."""
+    return " ".join(str(error).split())[:200]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -22,16 +27,15 @@ class BadInput(ValueError):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def prepare_checkpoint(path):
-    """A folder for what --policy or --reference names; `toy` is the toy's base policy, built on first use."""
-    if path != "toy":
-        return find_checkpoint(path)
-    import toy
+@contextlib.contextmanager
+def from_hub(what):
+    """Whatever the hub answers instead of a file is one line."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    if rank() == 0 and not toy.is_built(toy.FOLDER):
-        toy.base_policy(toy.FOLDER)
-    barrier()
-    return toy.FOLDER
+    try:
+        yield
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise BadInput(f"{what}, and the hub does not give it ({type(error).__name__})") from None
 
 
 def find_checkpoint(path):
@@ -44,12 +48,19 @@ def find_checkpoint(path):
     if os.path.exists(path) or path.count("/") != 1 or path.startswith((".", "/", "~", "runs/")):
         raise BadInput(f"no checkpoint at {path}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
+    with from_hub(f"no folder {path}"):
         return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.jinja"])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise BadInput(f"no folder {path}, and the hub does not give it ({type(error).__name__})") from None
+
+
+def config_file(path):
+    """A checkpoint's config.json alone, of a folder or a hub id."""
+    if os.path.isdir(path):
+        return os.path.join(path, "config.json")
+    from huggingface_hub import hf_hub_download
+
+    with from_hub(f"no config.json of {path}: no such folder"):
+        return hf_hub_download(path, "config.json")
 
 
 def check_weights(path):
@@ -74,24 +85,21 @@ def check_positions(path, cfg):
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path} has no config.json that loads: {' '.join(str(error).split())[:200]}") from None
+        raise BadInput(f"{path} has no config.json that loads: {brief(error)}") from None
     positions = getattr(config, "max_position_embeddings", math.inf)
     if cfg.max_length > positions:
         raise BadInput(f"--max-length {cfg.max_length}: {path} has {positions} positions")
 
 
 def read_weights(path, prefixes=("",)):
-    """(name, tensor) of every weight of a checkpoint folder whose name begins so, one at a time; safetensors only,
-    never a pickle."""
+    """(name, tensor) of every weight of a checkpoint folder whose name begins so, one at a time."""
     from safetensors import safe_open
 
-    tied = read_json(os.path.join(path, "config.json")).get("tie_word_embeddings")
     for file in weight_files(path):
         with safe_open(file, "pt") as weights:
-            for name in filter(lambda name: name.startswith(prefixes), weights.keys()):
-                yield name, weights.get_tensor(name)
-                if tied and name == "model.embed_tokens.weight":
-                    yield "lm_head.weight", weights.get_tensor(name)  # vLLM keeps its old head unless it is named
+            for name in weights.keys():
+                if name.startswith(prefixes):
+                    yield name, weights.get_tensor(name)
 
 
 def weight_names(path):
@@ -103,14 +111,28 @@ def weight_names(path):
 
 
 def weight_files(path):
-    files = sorted(glob.glob(os.path.join(path, "*.safetensors")))
-    if not files:
+    found = sorted(glob.glob(os.path.join(path, "*.safetensors")))
+    if not found:
         raise BadInput(f"{path} has no safetensors; other weight files can carry code and are not read")
-    return files
+    return found
+
+
+@functools.lru_cache
+def digest(file, size, changed):
+    """A file's hash, computed once for each state of the file."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def fingerprint(path):
+    """A checkpoint's identity wherever it lies: the hash of its weights, configuration and tokenizer."""
+    found = sorted(weight_files(path) + glob.glob(os.path.join(path, "*.j*")))  # json and jinja
+    parts = [digest(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in found]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def copy_tokenizer(source, target):
-    """Everything of a checkpoint folder but its weights and its model's configuration."""
+    """What a checkpoint needs beside its weights and its model's configuration."""
     for file in glob.glob(os.path.join(source, "*")):
         name = os.path.basename(file)
         if "token" in name or name in ("chat_template.jinja", "vocab.json", "merges.txt", "generation_config.json"):
@@ -118,7 +140,29 @@ def copy_tokenizer(source, target):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Files
+# A run's folder
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def iteration_folder(out, t):
+    return os.path.join(out, f"iter_{t}")
+
+
+def policy_folder(out, t):
+    """Where iteration t's policy is kept: a Hugging Face folder."""
+    return os.path.join(out, f"iter_{t}", "policy")
+
+
+def kept_policies(out):
+    """{t: folder} of the policies that a run has kept, in order."""
+    found = {}
+    for path in glob.glob(os.path.join(glob.escape(out), "iter_*", "policy")):
+        found[int(path.split(os.sep)[-2].removeprefix("iter_"))] = path
+    return dict(sorted(found.items()))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading and writing
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -135,7 +179,7 @@ def read_lines(path, torn=False):
 
 @contextlib.contextmanager
 def writing(path):
-    """Yields a temporary name, which takes the name `path` at the end: a reader finds the whole file or none."""
+    """Yields a temporary name, which becomes `path` at the end: a reader finds the whole file or none."""
     from safetensors import SafetensorError
 
     try:
@@ -183,48 +227,3 @@ def write_folder(path, fill):
         os.makedirs(partial)
         fill(partial)
         shutil.rmtree(path, ignore_errors=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Ranks
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def rank():
-    return int(os.environ.get("RANK", 0))
-
-
-def world():
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def local_rank():
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
-def barrier():
-    if world() > 1:
-        import torch.distributed as dist
-
-        dist.barrier()
-
-
-def in_waves(path, items, size, work, desc):
-    """The rows of work(items of a wave, number of the wave) for all waves, in order, from the file at `path`.
-
-    Ranks take turns at the waves and leave each on disk; a wave that is there is not played again. The folder must be
-    one that all ranks see."""
-    parts, starts = f"{path}.parts", range(0, len(items), size)
-    if not os.path.exists(path):
-        os.makedirs(parts, exist_ok=True)
-        names = [os.path.join(parts, f"{number:05d}.jsonl") for number in range(len(starts))]
-        for number in tqdm(range(rank(), len(starts), world()), desc=desc, unit="wave", disable=rank() > 0):
-            if not os.path.exists(names[number]):
-                write_lines(names[number], work(items[starts[number] : starts[number] + size], number))
-        barrier()
-        if rank() == 0:
-            write_lines(path, (row for name in names for row in read_lines(name)))
-        barrier()
-    if rank() == 0:
-        shutil.rmtree(parts, ignore_errors=True)
-    return read_lines(path)

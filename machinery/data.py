@@ -1,7 +1,6 @@
-"""Where dialogues begin: first prompts and logged conversations of UltraInteract_pair, Anthropic-HH and their like.
+"""Data sets as texts: first prompts and logged conversations of UltraInteract_pair, Anthropic-HH and their like.
 
-Sections 4.2 and 4.3, appendix C.4, Table 5. The toy's customers come from toy.py by the same two functions,
-`train_prompts` and `test_prompts`.
+Sections 4.2 and 4.3, appendix C.4, Table 5. Dialogues are made of them in simulator.py.
 """
 import functools
 import glob
@@ -10,71 +9,21 @@ import os
 import random
 import re
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from files import BadInput, rank
-from simulator import Dialogue, Prompt, checked, encode, end_token, load_tokenizer, seed_for, template_pieces
-
-
-def train_prompts(cfg, tokenizer, t):
-    """The dialogues at s_1 of iteration t: cfg.num_prompts of the training split, drawn without replacement."""
-    pool = load_split(cfg, "train", tokenizer)
-    if cfg.num_prompts > len(pool):
-        raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(pool)} training prompts")
-    prompts = [pool[i] for i in draw("prompts", len(pool), cfg, t)]
-    return [Dialogue.start(tokenizer, p.text, p.secret, limit=p.limit) for p in prompts]
+from machinery.files import BadInput, brief
+from machinery.ranks import rank
+from machinery.settings import seed_for
+from machinery.template import checked, encode, load_tokenizer, template_pieces
 
 
-def draw(what, size, cfg, t):
-    """cfg.num_prompts of `size` rows for iteration t: setting one draws from all of them in each iteration, setting two
-    goes through all of them (but the last few) before any comes again, pass after pass in another order."""
-    iterations = size // cfg.num_prompts if cfg.policy_every else 1
-    done, part = divmod(t - 1, iterations)
-    rows = random.Random(seed_for(cfg.seed, what, done + 1)).sample(range(size), iterations * cfg.num_prompts)
-    return rows[part * cfg.num_prompts :][: cfg.num_prompts]
+class Prompt(NamedTuple):
+    """An opening x_1; what only the user (and a world's reward) may know: wishes, or the questions to come; and the
+    tokens of an answer, where the data set sets a limit (Table 5)."""
 
-
-def offline_prompts(cfg, tokenizer, t):
-    """The same for the baselines that roll in by the data: finished dialogues, each with a second last answer."""
-    import toy
-
-    logs = range(toy.POOL["train"]) if cfg.dataset == "toy" else load_data(*data_key(cfg, tokenizer)).logs
-    if cfg.num_prompts > len(logs):
-        raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(logs)} dialogues")
-    rows = draw("offline", len(logs), cfg, t)
-    if cfg.dataset == "toy":
-        return toy.offline_dialogues(tokenizer, rows)
-    return [replay(tokenizer, logs[i]) for i in rows]
-
-
-def test_prompts(cfg, tokenizer):
-    """The openings that every policy is evaluated from; the streams make users and noise common to all of them."""
-    pool = load_split(cfg, "test", tokenizer)
-    if cfg.eval_dialogues > len(pool):
-        raise BadInput(f"--eval-dialogues {cfg.eval_dialogues}: {cfg.dataset} has only {len(pool)} test prompts")
-    return [Dialogue.start(tokenizer, p.text, p.secret, (cfg.seed, "test", i), p.limit)
-            for i, p in enumerate(pool[: cfg.eval_dialogues])]  # fmt: skip
-
-
-def load_split(cfg, split, tokenizer):
-    """The split's prompts: the toy's customers, or the first prompts of a data set of conversations."""
-    if cfg.dataset == "toy":
-        import toy
-
-        return toy.load_prompts(split)
-    return getattr(load_data(*data_key(cfg, tokenizer)), split)
-
-
-def is_hh(name):
-    """Whether a data set's name or path says that it is Anthropic-HH."""
-    return re.search(r"(?i)(?<![a-z])hh(?![a-z])", name) is not None
-
-
-DATASETS = {"ultrainteract": "openbmb/UltraInteract_pair", "hh": "Anthropic/hh-rlhf"}
-HELD_OUT = 1000  # first prompts: Table 3's 500 for tests and 500 for validation; a fifth of a set with fewer than 5,000
-# Setting two, tokens of (a question with its header, an answer): appendix C.4 for HH, Table 5 by the number of turns
-HH_CAPS = (128, 512)
-ULTRAINTERACT_CAPS = {1: (1024, 1024), 2: (768, 768), 3: (512, 512), 4: (256, 512), 5: (128, 512)}
+    text: str
+    secret: Any = None
+    limit: int | None = None
 
 
 class Logged(NamedTuple):
@@ -84,6 +33,7 @@ class Logged(NamedTuple):
     answers: tuple
     chosen: str
     rejected: str | None  # None where the data's second conversation has another history
+    secret: Any = None
 
 
 class Data(NamedTuple):
@@ -93,23 +43,41 @@ class Data(NamedTuple):
     dropped: Counter  # rows by reason
 
 
-def data_key(cfg, tokenizer):
-    """What a split depends on, so that one process reads a data set once."""
+DATASETS = {"ultrainteract": "openbmb/UltraInteract_pair", "hh": "Anthropic/hh-rlhf"}
+HELD_OUT = 1000  # first prompts: Table 3's 500 for tests and 500 for validation; a fifth of a set with fewer than 5,000
+# Setting two, tokens of (a question with its header, an answer): appendix C.4 for HH, Table 5 by the number of turns
+HH_CAPS = (128, 512)
+ULTRAINTERACT_CAPS = {1: (1024, 1024), 2: (768, 768), 3: (512, 512), 4: (256, 512), 5: (128, 512)}
+
+
+def load_data(cfg, tokenizer):
+    """The data set that --dataset names, as this policy and this setting see it; a process reads it once."""
     longest = min(cfg.max_dialogue, cfg.max_length - cfg.max_new_tokens)
-    return cfg.dataset, tokenizer.name_or_path, cfg.user == "dataset", cfg.max_turns, longest
+    return read_data(cfg.dataset, tokenizer.name_or_path, cfg.user == "dataset", cfg.max_turns, longest)
+
+
+def draw(what, size, cfg, t):
+    """Which cfg.num_prompts of `size` rows iteration t takes.
+
+    Setting one draws from all of them in each iteration. Setting two goes through all of them (but the last few) before
+    any comes again, pass after pass in another order."""
+    iterations = size // cfg.num_prompts if cfg.one_training else 1
+    done, part = divmod(t - 1, iterations)
+    rows = random.Random(seed_for(cfg.seed, what, done + 1)).sample(range(size), iterations * cfg.num_prompts)
+    return rows[part * cfg.num_prompts :][: cfg.num_prompts]
 
 
 @functools.lru_cache(maxsize=4)
-def load_data(name, tokenizer_path, fixed, max_turns, longest):
+def read_data(name, tokenizer_path, fixed, max_turns, longest):
     """Prompts and logs of UltraInteract_pair, Anthropic-HH or a set of their form; what is dropped is counted.
 
-    fixed: the questions to come are the data's own (setting two); then a prompt is a whole list of questions, with the
+    fixed: the questions to come are the data's own (setting two); then a prompt is a list of all questions, with the
     caps of that setting. Else it is a first prompt of at most `longest` tokens. Prompts are de-duplicated, and those
     with one first prompt are on one side of the split. The split depends on the texts alone, neither on the order of
     the rows nor on any length or tokenizer, so that no other flag can bring a training prompt into the test. (The
     released code splits rows, without a seed, and shares first prompts between training and test.)"""
     rows, tokenizer, dropped = read_rows(name), load_tokenizer(tokenizer_path), Counter()
-    logs, seen = [], {}
+    logs, distinct = [], {}
     for row in decoded(name, rows):
         log = logged(row)
         if isinstance(log, str):
@@ -117,26 +85,35 @@ def load_data(name, tokenizer_path, fixed, max_turns, longest):
             continue
         logs.append(log)
         key = log.questions if fixed else log.questions[0]
-        dropped.update(["duplicate"] * (key in seen))
-        seen.setdefault(key, log)
+        if key in distinct:
+            dropped["duplicate"] += 1
+        distinct.setdefault(key, log)
+
     caps = HH_CAPS if "trajectory" not in rows.column_names else None
+    candidates = list(distinct.values())
     prompts = {}  # by first prompt
-    for log, why in zip(seen.values(), too_long(tokenizer, list(seen.values()), fixed, max_turns, longest, caps)):
+    for log, why in zip(candidates, too_long(tokenizer, candidates, fixed, max_turns, longest, caps)):
         if why:
             dropped[why] += 1
-        else:
-            more = (list(log.questions[1:]), (caps or ULTRAINTERACT_CAPS[len(log.questions)])[1]) if fixed else ()
-            prompts.setdefault(log.questions[0], []).append(Prompt(log.questions[0], *more))
+            continue
+        prompt = Prompt(log.questions[0])
+        if fixed:
+            _, answer_cap = caps or ULTRAINTERACT_CAPS[len(log.questions)]
+            prompt = Prompt(log.questions[0], log.secret, answer_cap)
+        prompts.setdefault(prompt.text, []).append(prompt)
+
     order = sorted({log.questions[0] for log in logs}, key=lambda text: seed_for("split", text))
     cut = min(HELD_OUT, len(order) // 5)
-    test, train = ([p for x in part for p in prompts.get(x, ())] for part in (order[:cut], order[cut:]))
+    test = [prompt for text in order[:cut] for prompt in prompts.get(text, ())]
+    train = [prompt for text in order[cut:] for prompt in prompts.get(text, ())]
     sizes = f"{name}: {len(rows)} rows, {len(train)} training and {len(test)} test prompts; dropped: {dict(dropped)}"
     if not (train and test):
         raise BadInput(f"--dataset {sizes}")
     if rank() == 0:
         print(sizes, flush=True)
-    first = set(order[cut:])
-    kept = [log for log in logs if log.questions[0] in first and log.rejected and len(log.questions) <= max_turns]
+    trained_on = set(order[cut:])
+    kept = [log for log in logs
+            if log.questions[0] in trained_on and log.rejected and len(log.questions) <= max_turns]  # fmt: skip
     return Data(train, test, kept, dropped)
 
 
@@ -148,7 +125,7 @@ def decoded(name, rows):
 
 
 def logged(row):
-    """A row as Logged, or the reason why it is none."""
+    """Parse a row, or return why it was rejected."""
     try:
         if "trajectory" in row:
             history, chosen, rejected = turns_of(row["trajectory"]), row["chosen"], row["rejected"]
@@ -165,7 +142,8 @@ def logged(row):
         return "roles do not alternate"
     try:
         texts = [checked(text) for _, text in history]
-        return Logged(tuple(texts[::2]), tuple(texts[1::2]), checked(chosen), rejected and checked(rejected))
+        rejected = rejected and checked(rejected)
+        return Logged(tuple(texts[::2]), tuple(texts[1::2]), checked(chosen), rejected, texts[2::2])
     except BadInput:
         return "an empty turn"
 
@@ -207,20 +185,11 @@ def too_long(tokenizer, logs, fixed, max_turns, longest, caps):
 
 
 def token_counts(tokenizer, texts):
-    return [len(ids) for start in range(0, len(texts), 4096) for ids in tokenizer(
-        texts[start : start + 4096], add_special_tokens=False, split_special_tokens=True)["input_ids"]]  # fmt: skip
-
-
-def replay(tokenizer, log):
-    """A logged conversation as the policy would see it, with the canonical ids of its answers: (the conversation with
-    the chosen last answer, the same with the rejected one)."""
-    end = end_token(tokenizer)
-    first = Dialogue.start(tokenizer, log.questions[0], list(log.questions[1:]))
-    for answer, question in zip(log.answers, log.questions[1:]):
-        first.add_answer(tokenizer, encode(tokenizer, "", answer) + [end]).add_user(tokenizer, question)
-    second = first.reset(len(log.questions))
-    return tuple(d.add_answer(tokenizer, encode(tokenizer, "", text) + [end])
-                 for d, text in ((first, log.chosen), (second, log.rejected)))  # fmt: skip
+    counts = []
+    for start in range(0, len(texts), 4096):
+        part = texts[start : start + 4096]
+        counts += map(len, tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    return counts
 
 
 def read_rows(name):
@@ -232,8 +201,7 @@ def read_rows(name):
 
     path = DATASETS.get(name, name)
     saved = any(os.path.exists(os.path.join(path, file)) for file in ("dataset_info.json", "dataset_dict.json"))
-    files = [path] if os.path.isfile(path) else sorted(file for kind in ("parquet", "json*") for file in glob.glob(
-        os.path.join(glob.escape(path), "**", f"*.{kind}"), recursive=True))  # fmt: skip
+    files = [] if saved else data_files(path)
     if not saved and not files and (os.path.isdir(path) or path.count("/") != 1 or path[0] in "./~"):
         raise BadInput(f"--dataset {name}: no parquet, json or jsonl file there, and no hub id")
     datasets.disable_progress_bars()
@@ -242,21 +210,37 @@ def read_rows(name):
         if saved:
             parts = datasets.load_from_disk(path)
         elif files:
-            tables = [file for file in files if file.endswith(".parquet")]  # json beside them describes them
-            for file in [] if tables else files:  # a file that begins with null crashes pyarrow
-                with open(file, "rb") as content:
-                    if content.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"{", b"[", b""):
-                        raise ValueError(f"{os.path.basename(file)} holds no JSON objects")
-            parts = datasets.load_dataset("parquet" if tables else "json", data_files=tables or files)
+            kind = "parquet" if files[0].endswith(".parquet") else "json"
+            check_json(files if kind == "json" else [])
+            parts = datasets.load_dataset(kind, data_files=files)
         else:
             parts = datasets.load_dataset(path)
         rows = datasets.concatenate_datasets(list(parts.values())) if isinstance(parts, dict) else parts
     except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, TypeError,
             StopIteration) as error:  # fmt: skip
         error = error.__cause__ or error
-        why = " ".join(f"{type(error).__name__} {error}".split())[:200]  # StopIteration is what an empty file gives
+        why = brief(f"{type(error).__name__} {error}")  # StopIteration is what an empty file gives
         raise BadInput(f"--dataset {name} cannot be read: {why}") from None
     missing = {"chosen", "rejected"} - set(rows.column_names)
     if missing:
         raise BadInput(f"--dataset {name} has no column {' and no column '.join(sorted(missing))}")
     return rows
+
+
+def data_files(path):
+    """The parquet files of a folder, else its json and jsonl files; json beside parquet only describes it."""
+    if os.path.isfile(path):
+        return [path]
+    for kind in ("parquet", "json*"):
+        found = sorted(glob.glob(os.path.join(glob.escape(path), "**", f"*.{kind}"), recursive=True))
+        if found:
+            return found
+    return []
+
+
+def check_json(files):
+    """A file that begins with null crashes pyarrow."""
+    for file in files:
+        with open(file, "rb") as content:
+            if content.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"{", b"[", b""):
+                raise ValueError(f"{os.path.basename(file)} holds no JSON objects")

@@ -8,8 +8,11 @@ import os
 import re
 from collections import Counter
 
-from files import BadInput, find_checkpoint, local_rank, read_json, read_weights, weight_names
-from simulator import encode, encode_plain
+import torch
+
+from machinery.files import BadInput, find_checkpoint, read_json, read_weights, weight_names
+from machinery.ranks import device, dtype
+from machinery.template import encode, encode_plain
 
 
 def conversation_ids(tokenizer, messages):
@@ -35,16 +38,14 @@ class RewardModel:
     scored as if it were whole."""
 
     def __init__(self, path, max_length, tokens=16384):
-        import torch
         from transformers import AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         self.batch_tokens, self.tokens = tokens, Counter()
         if not self.tokenizer.chat_template:
             raise BadInput(f"--reward {path} has no chat template")
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
-        self.load(path, torch.bfloat16 if cuda else torch.float32)
+        self.device = device()
+        self.load(path, dtype())
         self.max_length = min(max_length, self.body.config.max_position_embeddings)
 
     def fits(self, ids):
@@ -66,8 +67,6 @@ class RewardModel:
         return scores
 
     def score(self, rows):
-        import torch
-
         T = len(rows[-1])
         self.tokens.update(prefill=len(rows) * T)
         ids_BT = torch.tensor([ids + [0] * (T - len(ids)) for ids in rows], device=self.device)
@@ -79,8 +78,6 @@ class RewardModel:
 
 def at(hidden_BTD, positions):
     """One token's hidden state of each row: (B, D) float32."""
-    import torch
-
     return hidden_BTD[torch.arange(len(positions)), torch.tensor(positions)].float()
 
 
@@ -146,9 +143,7 @@ class ArmoRM(RewardModel):
 
 
 def check_reward(cfg):
-    """The class and folder that --reward names, before a model is loaded; (None, None) for the toy's."""
-    if cfg.reward == "toy":
-        return None, None
+    """The class and folder that --reward names, by the checkpoint's own files and before a model is loaded."""
     path = find_checkpoint(cfg.reward)
     names = set(weight_names(path))
     if {"regression_layer.weight", "reward_transform_matrix", "gating.layers.0.weight", "gating.logit_scale"} <= names:
@@ -160,10 +155,5 @@ def check_reward(cfg):
 
 
 def load_reward(cfg):
-    """The reward model that --reward names: `toy`, or a checkpoint whose files say what it is."""
     kind, path = check_reward(cfg)
-    if kind:
-        return kind(path, cfg.reward_tokens)
-    import toy
-
-    return toy.Reward()
+    return kind(path, cfg.reward_tokens)

@@ -9,7 +9,8 @@ The engines' shares of a GPU that a run really uses are computed here as well (`
 import os
 from typing import NamedTuple
 
-from files import BadInput, read_json, world
+from machinery.files import BadInput, config_file, read_json
+from machinery.ranks import world
 
 FLAGS = {  # of --plan; rates: an H100's data sheet, and FACTS seen elsewhere (README)
     "plan": dict(action="store_true"),
@@ -31,8 +32,6 @@ KNOWN = {
         hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),
     "RLHFlow/ArmoRM-Llama3-8B-v0.1": LLAMA_8B | dict(vocab_size=128257, head=False),
     "sfairXC/FsfairX-LLaMA3-RM-v0.1": LLAMA_8B | dict(head=False),
-    "toy": dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3, head_dim=32,
-                vocab_size=40),
 }  # fmt: skip
 GIB = 2**30
 CONTEXTS = 2.0 * GIB  # CUDA contexts, NCCL and graphs of the run and of the server
@@ -69,7 +68,13 @@ class Shape(NamedTuple):
 
 def shapes(cfg):
     """(policy, user, reward): shapes, or None for what is no model on these GPUs."""
-    return shape(cfg.policy), *(None if x in ("toy", "dataset") or "://" in x else shape(x) for x in (cfg.user, cfg.reward))
+    return shape(cfg.policy), model_of(cfg.user), model_of(cfg.reward)
+
+
+def model_of(name):
+    """The shape of a model that a flag names; None for a URL or a bare word such as `dataset`."""
+    path = name.removeprefix("serve:")
+    return None if "://" in path or ("/" not in path and not os.path.isdir(path)) else shape(path)
 
 
 def shape(path):
@@ -85,19 +90,6 @@ def shape(path):
                  config.get("num_key_value_heads") or heads, config.get("head_dim") or D // heads, V, head)  # fmt: skip
 
 
-def config_file(path):
-    if os.path.isdir(path):
-        return os.path.join(path, "config.json")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return hf_hub_download(path, "config.json")
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise BadInput(f"no config.json of {path}: no such folder, and the hub does not give it "
-                       f"({type(error).__name__})") from None  # fmt: skip
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Tokens: expectations under the law of (H, h)
 # ---------------------------------------------------------------------------------------------------------------
@@ -105,14 +97,13 @@ def config_file(path):
 
 def law(max_turns):
     """E[H] and E[h] for H ~ U(max_turns), h ~ U(H)."""
-    pairs = [(H, h, 1 / max_turns / H) for H in range(1, max_turns + 1) for h in range(1, H + 1)]
-    return tuple(sum(p * x for *both, p in pairs for x in [both[i]]) for i in (0, 1))
+    return (max_turns + 1) / 2, (max_turns + 3) / 4
 
 
 def tokens(cfg, answer, question, justification):
     """Tokens for one prompt, dropped ones aside. Prefixes are cached: a turn is computed once in each roll-out."""
     H, h = law(cfg.max_turns)
-    asked = 0 if cfg.user in ("toy", "dataset") else 1
+    asked = 1 if "://" in cfg.user or model_of(cfg.user) else 0
     return {
         "policy: sampled": (2 * H - h + 1) * answer,  # H turns, then h..H again
         "policy: prefilled": (2 * H - h) * question,

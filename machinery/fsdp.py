@@ -10,12 +10,12 @@ from functools import partial
 from types import MethodType
 
 import torch
-import torch.distributed as dist
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-import files
-from files import BadInput, barrier, rank, world
-from packing import attend_in_pairs, token_logps
+from machinery import files
+from machinery.files import BadInput
+from machinery.logps import attend_in_pairs, token_logps
+from machinery.ranks import barrier, device, rank, world
 
 
 def load_policy(path, cfg):
@@ -70,12 +70,11 @@ def shard(model, replicas=1):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    cuda = torch.cuda.is_available()
     # The root, too, gives its weights back after a forward (FSDP2's default keeps them): a forward without backward
     # would else leave whole tensors in place of the sharded ones, and an optimiser made then would hold the wrong ones.
-    whole = init_device_mesh(device().type, (replicas, world() // replicas), mesh_dim_names=("replicas", "shards"))
-    options = dict(mesh=whole if replicas > 1 else whole["shards"], reshard_after_forward=True)
-    if cuda:
+    grid = init_device_mesh(device().type, (replicas, world() // replicas), mesh_dim_names=("replicas", "shards"))
+    options = dict(mesh=grid if replicas > 1 else grid["shards"], reshard_after_forward=True)
+    if torch.cuda.is_available():
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.model.layers:
         fully_shard(layer, **options)
@@ -83,17 +82,6 @@ def shard(model, replicas=1):
     model.token_logps = MethodType(token_logps, model)
     fully_shard(model, **options)
     register_fsdp_forward_method(model, "token_logps")
-
-
-def device():
-    return torch.device("cuda", files.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def add_up(tensor):
-    """The sum over ranks."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor := tensor.to(device()))
-    return tensor.cpu()
 
 
 def gradient_norm(model):
@@ -134,23 +122,20 @@ def read_slices(model, path):
     for file in files.weight_files(path):
         with safe_open(file, "pt") as weights:
             for name in missing.keys() & weights.keys():
-                p, whole = missing.pop(name), weights.get_slice(name)
-                local, mesh, rows = p.to_local(), p.device_mesh, whole.get_shape()[0]
+                p, stored = missing.pop(name), weights.get_slice(name)
+                local, mesh, rows = p.to_local(), p.device_mesh, stored.get_shape()[0]
                 n, i = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)  # shards, and which is this rank's
                 start = min(i * -(-rows // n), rows)  # FSDP2 cuts dimension 0 as torch.chunk does
                 if len(local):
-                    local.copy_(whole[start : start + len(local)])
+                    local.copy_(stored[start : start + len(local)])
     if missing:
         raise BadInput(f"{path} lacks {len(missing)} weights, {sorted(missing)[0]} among them")
 
 
 def full_weights(model):
-    """(name, whole tensor) one at a time, in the checkpoint's names; every rank must go through all of them."""
+    """(name, unsharded tensor) one at a time, in the checkpoint's names; every rank must go through all of them."""
     for name, p in model.named_parameters():
-        whole = p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
-        yield name, whole
-        if model.config.tie_word_embeddings and p is model.get_input_embeddings().weight:
-            yield "lm_head.weight", whole  # vLLM keeps the old head unless it is named
+        yield name, p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
 
 
 def save_policy(path, model, start):
@@ -159,9 +144,9 @@ def save_policy(path, model, start):
     from huggingface_hub import save_torch_state_dict
 
     state = {}
-    for name, whole in full_weights(model):
-        if rank() == 0 and not (name == "lm_head.weight" and model.config.tie_word_embeddings):
-            state[name] = whole.cpu().clone()
+    for name, tensor in full_weights(model):
+        if rank() == 0:
+            state[name] = tensor.cpu().clone()
 
     def write(partial):
         save_torch_state_dict(state, partial)

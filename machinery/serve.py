@@ -2,8 +2,7 @@
 
 `--user serve:ORG/MODEL` (a hub id or a folder): local rank 0 of each node starts the server that `vllm serve` starts,
 on a free port of the loopback interface, and waits until it is healthy; the node's other ranks are told where it is.
-Between the run and the server stands a watchdog, `python serve.py RUN COMMAND`: it ends the server and every process
-that the server has started when the run has ended in whatever way, SIGKILL included.
+Between the run and the server stands watchdog.py, which ends the server with the run.
 """
 import atexit
 import contextlib
@@ -20,12 +19,12 @@ import urllib.request
 
 from tqdm import tqdm
 
-import plan
-from ask import Server
-from files import BadInput, local_rank, world
+from machinery import plan, watchdog
+from machinery.ask import Server
+from machinery.files import BadInput
+from machinery.ranks import local_rank, node, told
 
 START = 1500  # seconds until the server must be healthy: a 70B is read from a slow disk in minutes
-ENDED = "serve.py: the server has ended, status"
 
 
 @functools.lru_cache(maxsize=1)
@@ -65,37 +64,23 @@ class Served(Server):
             yield i, reply, why
 
 
-def node():
-    return int(os.environ.get("GROUP_RANK", 0))  # torchrun's number of the node
-
-
-def told(mine):
-    """What every rank says, on every rank."""
-    import torch.distributed as dist
-
-    everybody = [mine] * world()
-    if world() > 1:
-        dist.all_gather_object(everybody, mine)
-    return everybody
-
-
 def launch(path, log, room, memory):
     """Start the server behind its watchdog and return its port when it is healthy."""
     port = free_port()
     os.makedirs(os.path.dirname(log), exist_ok=True)
     with open(log, "wb") as out:
-        watchdog = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), str(os.getpid()), *command(path, port, room, memory)], stdin=subprocess.DEVNULL,
-            stdout=out, stderr=out, env=environment(), start_new_session=True)  # fmt: skip
-    atexit.register(stop, watchdog)
+        guard = subprocess.Popen(
+            [sys.executable, os.path.abspath(watchdog.__file__), str(os.getpid()), *command(path, port, room, memory)],
+            stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment(), start_new_session=True)  # fmt: skip
+    atexit.register(stop, guard)
     print(f"serving {path} to the node (log: {log})", flush=True)
     began = time.monotonic()
     with tqdm(desc="user's server", bar_format="{desc}: {elapsed} {postfix}", disable=node() > 0) as bar:
         while not healthy(port):
-            if watchdog.poll() is not None or ended(log):
+            if guard.poll() is not None or ended(log):
                 raise BadInput(report(log, path, "ended before it was ready"))
             if time.monotonic() - began > START:
-                stop(watchdog)
+                stop(guard)
                 raise BadInput(report(log, path, f"was not ready after {START} seconds"))
             bar.set_postfix_str((tail(log, 1) or [""])[0][-80:])
             time.sleep(0.5)
@@ -154,7 +139,7 @@ def tail(log, lines):
 
 def ended(log):
     """The watchdog's last words, if the server that writes this log has ended."""
-    return next((line for line in tail(log, 50) if line.startswith(ENDED)), None)
+    return next((line for line in tail(log, 50) if line.startswith(watchdog.ENDED)), None)
 
 
 def report(log, path, what):
@@ -167,33 +152,11 @@ def report(log, path, what):
     return f"the user's server, vLLM with {path}, {what}{f': {errors[0][-300:].strip()}' if errors else ''}; see {log}"
 
 
-def stop(watchdog):
+def stop(guard):
     """Ask the watchdog to end the server, and wait until it has; should somebody have killed it, end its group here."""
-    watchdog.terminate()
+    guard.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        watchdog.wait(30)
+        guard.wait(30)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(watchdog.pid, signal.SIGKILL)
-    watchdog.wait()
-
-
-def watch(run, words):
-    """The watchdog: the leader of the server's session, so that one signal reaches all of the server's processes.
-
-    Linux hands an orphan to another parent at once, whatever its parent died of; that is how the run's end is seen."""
-    asked = []
-    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-    server = subprocess.Popen(words)
-    while server.poll() is None and os.getppid() == run and not asked:
-        time.sleep(0.2)
-    if server.poll() is None:
-        server.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(10)
-    else:
-        print(f"{ENDED} {server.returncode}", flush=True)
-    os.killpg(os.getpgid(0), signal.SIGKILL)  # the server's engine and workers, and this process
-
-
-if __name__ == "__main__":
-    watch(int(sys.argv[1]), sys.argv[2:])
+        os.killpg(guard.pid, signal.SIGKILL)
+    guard.wait()

@@ -14,11 +14,11 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import replace
 
-import engines
-from files import BadInput, read_json, world
-from simulator import Dialogue
+from machinery.files import BadInput, read_json
+from machinery.ranks import world
+from machinery.settings import seed_for
+from machinery.template import checked, opening_ids
 
 FAILURES = 0.05  # the share of questions that may stay unanswered
 
@@ -143,25 +143,31 @@ class Server:
 
 
 class Local:
-    """A checkpoint that is asked like a Server, in an engine of this process."""
+    """A checkpoint that is asked like a Server, in an engine of this process.
 
-    def __init__(self, path, cfg, temperature, max_tokens, room, whole=False):
-        cfg = replace(cfg, temperature=temperature, max_new_tokens=max_tokens, max_length=longest_prompt(path, room))
-        self.engine, self.whole = engines.load_engine(path, cfg, "user"), whole
-        self.wave = max(cfg.wave, cfg.eval_wave)
+    wave: questions that the engine answers at once; whole: a reply that was cut is given as empty."""
+
+    def __init__(self, engine, wave, whole=False):
+        self.engine, self.wave, self.whole = engine, wave, whole
 
     def __call__(self, prompts, seeds=None, allowed=None):
-        tokenizer, seeds = self.engine.tokenizer, seeds or prompts
+        seeds = seeds or prompts
         for start in range(0, len(prompts), self.wave):
             part = slice(start, start + self.wave)
-            rows = [Dialogue.start(tokenizer, p, stream=("ask", s)) for p, s in zip(prompts[part], seeds[part])]
-            for i, (row, answer) in enumerate(zip(rows, self.engine.answer(rows)), start):
-                if answer is None:
-                    yield i, None, "a prompt longer than the model's context"
-                elif self.whole and answer[1]:  # it was cut
-                    yield i, "", None
-                else:
-                    yield i, row.add_answer(tokenizer, *answer).messages[-1]["content"], None
+            rows = []
+            for prompt, seed in zip(prompts[part], seeds[part], strict=True):
+                rows.append((opening_ids(self.engine.tokenizer, checked(prompt)), seed_for("ask", seed, 0, "policy")))
+            for i, answer in enumerate(self.engine.answer_ids(rows), start):
+                yield i, *self.read(answer)
+
+    def read(self, answer):
+        """(reply, None), or (None, why there is none)."""
+        if answer is None:
+            return None, "a prompt longer than the model's context"
+        ids, cut, _ = answer
+        if self.whole and cut:
+            return "", None
+        return self.engine.tokenizer.decode(ids, skip_special_tokens=True).strip(), None
 
 
 def longest_prompt(path, room):

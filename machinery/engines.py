@@ -8,8 +8,12 @@ import importlib.util
 import math
 from collections import Counter
 
-from files import BadInput, local_rank, world
-from simulator import load_tokenizer, stop_tokens
+import torch
+
+from machinery import plan
+from machinery.files import BadInput
+from machinery.ranks import device, dtype, world
+from machinery.template import load_tokenizer, stop_tokens
 
 
 class Engine:
@@ -28,11 +32,18 @@ class Engine:
 
     def answer(self, dialogues):
         """One assistant turn for each dialogue; None where prompt and answer might not fit the context."""
-        limits = [min(d.limit or self.max_new_tokens, self.max_new_tokens) for d in dialogues]
-        fits = [len(d.ids) + n <= self.max_length for d, n in zip(dialogues, limits)]
-        rows = [(d.ids, d.seed("policy"), n) for d, n, fit in zip(dialogues, limits, fits) if fit]
-        answers = iter(self.generate(*zip(*rows)) if rows else ())
-        return [next(answers) if fit else None for fit in fits]
+        return self.answer_ids([(d.ids, d.seed("policy"), d.limit) for d in dialogues])
+
+    def answer_ids(self, rows):
+        """The same for rows of (ids, seed) or (ids, seed, most tokens of the answer)."""
+        fitting = {}  # by the row's number
+        for i, (ids, seed, *limit) in enumerate(rows):
+            most = min([self.max_new_tokens, *filter(None, limit)])
+            if len(ids) + most <= self.max_length:
+                fitting[i] = ids, seed, most
+        answers = self.generate(*zip(*fitting.values())) if fitting else []
+        found = dict(zip(fitting, answers, strict=True))
+        return [found.get(i) for i in range(len(rows))]
 
 
 class TransformersEngine(Engine):
@@ -43,13 +54,10 @@ class TransformersEngine(Engine):
 
     def __init__(self, path, max_new_tokens, temperature, max_length, batch=512):
         super().__init__(path, max_new_tokens, temperature, max_length)
-        import torch
         from transformers import AutoModelForCausalLM, GenerationConfig
 
-        cuda = torch.cuda.is_available()
-        self.device, self.batch = torch.device("cuda", local_rank()) if cuda else torch.device("cpu"), batch
-        dtype = torch.bfloat16 if cuda else torch.float32
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+        self.device, self.batch = device(), batch
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype(), trust_remote_code=False)
         self.model = self.model.to(self.device).eval()
         # a checkpoint's own sampling habits (top-p, penalties, forced tokens) must not leak into the behaviour policy
         self.model.generation_config = GenerationConfig()
@@ -64,7 +72,6 @@ class TransformersEngine(Engine):
         return [answers[i] for i in range(len(prompts))]
 
     def generate_batch(self, prompts, seeds, limits):
-        import torch
         from transformers import GenerationConfig, LogitsProcessorList
 
         held, held_BT, cache = self.continued(prompts) or self.read(prompts)
@@ -92,8 +99,6 @@ class TransformersEngine(Engine):
 
     def padded(self, rows):
         """Ids and mask of rows of several lengths, (B, T), padded on the left."""
-        import torch
-
         length = max(map(len, rows))
         ids_BT = torch.tensor([[self.stop[0]] * (length - len(row)) + row for row in rows], device=self.device)
         return ids_BT, torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
@@ -101,7 +106,6 @@ class TransformersEngine(Engine):
     def continued(self, prompts):
         """How many ids of each prompt the last batch has computed, their mask (left-padded), and their keys and values;
         None unless every prompt goes on from one of its rows."""
-        import torch
         from transformers.cache_utils import DynamicLayer
 
         (rows, mask_BT, cache), self.past = self.past or ({}, None, None), None
@@ -122,7 +126,6 @@ class TransformersEngine(Engine):
     def read(self, prompts, lot=64):
         """The same of new prompts: all ids but the last, in lots of like lengths (prompts are sorted), so that after a
         reset a dialogue of one turn is not padded to five."""
-        import torch
         from torch.nn.functional import pad
         from transformers.cache_utils import DynamicLayer
 
@@ -150,8 +153,6 @@ class TransformersEngine(Engine):
         self.model.to("cpu")
 
     def update(self, weights):
-        import torch
-
         self.past = None
         self.model.to(self.device)
         parameters = dict(self.model.named_parameters())
@@ -167,14 +168,10 @@ class SeededSampler:
     argmax(logp - ln E) with E ~ Exp(1) is a draw from softmax; generate's own sampling knows one seed a batch."""
 
     def __init__(self, seeds, temperature):
-        import torch
-
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.temperature, self.logps = temperature, []
 
     def __call__(self, ids_BT, logits_BV):
-        import torch
-
         logp_BV = torch.log_softmax(logits_BV.float() / self.temperature, -1)
         noise_BV = torch.stack([torch.empty(logp_BV.shape[1]).exponential_(generator=g) for g in self.generators])
         choice_B = (logp_BV - noise_BV.log().to(logp_BV.device)).argmax(-1)
@@ -189,8 +186,9 @@ class VLLMEngine(Engine):
 
     def __init__(self, path, max_new_tokens, temperature, max_length, memory=None):
         super().__init__(path, max_new_tokens, temperature, max_length)
-        import torch
+        from transformers import AutoConfig
 
+        self.tied = AutoConfig.from_pretrained(path, trust_remote_code=False).tie_word_embeddings
         threads = torch.set_num_threads  # the CPU engine replaces it by a no-op
         from vllm import LLM
 
@@ -217,8 +215,9 @@ class VLLMEngine(Engine):
                   for seed, limit in zip(seeds, limits)]  # fmt: skip
         outputs = self.engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         answers = []
-        for whole, out in ((o, o.outputs[0]) for o in outputs):
-            cached, read = whole.num_cached_tokens, len(whole.prompt_token_ids)
+        for request in outputs:
+            out = request.outputs[0]
+            cached, read = request.num_cached_tokens, len(request.prompt_token_ids)
             self.tokens.update(prefill=read - cached, cached=cached, decode=len(out.token_ids) - 1)
             logp = sum(step[i].logprob for i, step in zip(out.token_ids, out.logprobs))
             answers.append((list(out.token_ids), out.finish_reason == "length", logp))
@@ -226,19 +225,21 @@ class VLLMEngine(Engine):
 
     def sleep(self):
         """Leave the GPU to the trainer, weights and cache dropped, until new weights come. (On a CPU: nothing.)"""
-        import torch
-
         if torch.cuda.is_available() and not self.asleep:
             self.engine.sleep(level=2)
             self.asleep = True
 
     def update(self, weights):
-        import torch
+        def named(weights):
+            for name, tensor in weights:
+                yield name, tensor
+                if self.tied and name == "model.embed_tokens.weight":
+                    yield "lm_head.weight", tensor  # else vLLM's tied head silently stays the old one
 
         if self.asleep:
             torch.cuda.empty_cache()  # what the trainer's allocator keeps is not the engine's yet
             self.engine.wake_up(tags=["weights"])
-        self.engine.collective_rpc("reload_weights", kwargs=dict(weights_iterator=iter(weights)))
+        self.engine.collective_rpc("reload_weights", kwargs=dict(weights_iterator=named(weights)))
         if self.asleep:
             torch.cuda.empty_cache()
             self.engine.wake_up(tags=["kv_cache"])
@@ -256,9 +257,6 @@ def cache_bytes(path):
 
 def gpu_share(cfg, who):
     """The part of a GPU's memory that vLLM may take for the policy or the user; plan.py computes it."""
-    import plan
-    import torch
-
     return plan.share(cfg, who) if torch.cuda.is_available() else None
 
 

@@ -6,12 +6,15 @@ import json
 import os
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 from tqdm import tqdm
 
-from ask import FAILURES, Local
-from files import BadInput, barrier, rank, world
+from machinery.ask import FAILURES, Local, longest_prompt
+from machinery.engines import load_engine
+from machinery.files import BadInput
+from machinery.ranks import barrier, rank, world
 
 # Ours: under the paper's prompt a reply can speak to the judge.
 QUOTES = """What stands between the {tag} marks is quoted material, each line of it under its speaker's name. It is to \
@@ -152,4 +155,6 @@ class LLMJudge:
 
 def local_judge(path, cfg):
     """A checkpoint as the judge, in an engine of this process, as good as greedy (an engine cannot divide by 0)."""
-    return Local(path, cfg, 0.01, ANSWER_TOKENS, room=4 * cfg.max_length + 2048)  # two conversations, quoted
+    room = longest_prompt(path, 4 * cfg.max_length + 2048)  # two conversations, quoted
+    engine = load_engine(path, replace(cfg, temperature=0.01, max_new_tokens=ANSWER_TOKENS, max_length=room), "user")
+    return Local(engine, max(cfg.wave, cfg.eval_wave))

@@ -1,0 +1,149 @@
+"""The processes of a run: their start, who is who, sums over them, work shared in waves, and one line when it ends badly.
+
+From `start_processes` on the code reads as for one process: every rank runs every line, rank 0 alone prints and writes.
+"""
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import sys
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from machinery import PARENT
+from machinery.files import BadInput, read_lines, write_lines
+
+# ---------------------------------------------------------------------------------------------------------------
+# Who is who
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank():
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def node():
+    return int(os.environ.get("GROUP_RANK", 0))  # torchrun's number of the node
+
+
+def device():
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def dtype():
+    """Of weights that do not learn, and of the forward: bfloat16 on GPUs, float32 on CPUs."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def start_processes():
+    """One process group for any start: torchrun's, or a group of one."""
+    if dist.is_initialized():
+        return
+    if "RANK" in os.environ:
+        if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+            # a rank whose torchrun was killed would wait for the others, and hold its GPU, until nobody knows when
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+            if os.getppid() != PARENT:
+                raise BadInput("torchrun is gone")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=6))  # a rank without a wave waits for the others' last
+    else:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What they share
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def barrier():
+    if world() > 1:
+        dist.barrier()
+
+
+def add_up(tensor):
+    """The sum over ranks."""
+    if dist.is_initialized():
+        tensor = tensor.to(device())
+        dist.all_reduce(tensor)
+    return tensor.cpu()
+
+
+def told(mine):
+    """What every rank says, on every rank."""
+    everybody = [mine] * world()
+    if world() > 1:
+        dist.all_gather_object(everybody, mine)
+    return everybody
+
+
+def in_waves(path, items, size, work, desc):
+    """The rows of work(items of a wave, number of the wave) for all waves, in order, from the file at `path`.
+
+    Ranks take turns at the waves and leave each on disk; a wave that is there is not played again. The folder must be
+    one that all ranks see."""
+    parts, starts = f"{path}.parts", range(0, len(items), size)
+    if not os.path.exists(path):
+        os.makedirs(parts, exist_ok=True)
+        names = [os.path.join(parts, f"{number:05d}.jsonl") for number in range(len(starts))]
+        for number in tqdm(range(rank(), len(starts), world()), desc=desc, unit="wave", disable=rank() > 0):
+            if not os.path.exists(names[number]):
+                write_lines(names[number], work(items[starts[number] : starts[number] + size], number))
+        barrier()
+        if rank() == 0:
+            write_lines(path, (row for name in names for row in read_lines(name)))
+        barrier()
+    if rank() == 0:
+        shutil.rmtree(parts, ignore_errors=True)
+    return read_lines(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Last words
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def first_to_fail():
+    """Of several ranks the first that fails speaks: the others fail alike, or because it is gone."""
+    if world() == 1 or not dist.is_initialized():
+        return rank() == 0
+    with contextlib.suppress(RuntimeError):  # the store dies with torchrun
+        if dist.distributed_c10d._get_default_store().add("failed", 1) == 1:
+            return True
+        time.sleep(2)  # torchrun ends all ranks at the first exit: whoever speaks has its line out by then
+    return False
+
+
+@contextlib.contextmanager
+def one_line(script):
+    """What a person can mend, a full disk or a served model among it, is one line and exit code 2."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if first_to_fail():
+            print(f"{script}: stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        os._exit(130)  # not waiting for threads that wait for a server
+    except (BadInput, OSError) as error:
+        if first_to_fail():
+            hint = "" if isinstance(error, BadInput) else " (what was finished is kept: the same command goes on)"
+            print(f"{script}: {' '.join(str(error).split())}{hint}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except RuntimeError:
+        if first_to_fail():
+            raise
+        raise SystemExit(2) from None

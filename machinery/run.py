@@ -1,0 +1,268 @@
+"""A run's folder: what is finished is kept there, and the same command resumes from it.
+
+    config.json              the configuration; another one is refused
+    metrics.jsonl            one object a line
+    iter_1/pairs.jsonl       pairs, then iter_1/logps.jsonl: ln pi_t (and ln pi_0) of both responses
+    iter_1/training/         the training in progress; setting two: training/, since iterations are its updates
+    iter_1/policy/           what the iteration ends with
+"""
+import json
+import math
+import os
+import shutil
+import time
+from collections import Counter
+from dataclasses import asdict
+
+import numpy as np
+from tqdm import tqdm
+
+from machinery import files, fsdp
+from machinery.files import BadInput, iteration_folder, kept_policies, policy_folder
+from machinery.logps import old_logps
+from machinery.meter import describe
+from machinery.ranks import barrier, in_waves, rank, world
+from machinery.users import check_failures
+
+
+def check_folder(cfg):
+    """--out is new, or a run of this configuration on this number of processes."""
+    path = os.path.join(cfg.out, "config.json")
+    if os.path.exists(path):
+        old, new = files.read_json(path), asdict(cfg)
+        other = [k for k in sorted(old.keys() | new.keys()) if k != "out" and old.get(k) != new.get(k)]
+        if other:
+            raise BadInput(f"{cfg.out} is a run with another {', '.join(other)}: choose another --out")
+        state = os.path.join(cfg.out, "training", "step.json")
+        ranks = files.read_json(state)["ranks"] if os.path.exists(state) else world()
+        if ranks != world():
+            raise BadInput(f"{cfg.out} was trained by {ranks} processes: go on with as many")
+    elif os.path.exists(cfg.out):
+        started = {"config.json.partial", "user_0.log"}
+        if not os.path.isdir(cfg.out) or set(os.listdir(cfg.out)) - started:
+            raise BadInput(f"--out {cfg.out} exists and is not a run's folder")
+
+
+def open_folder(cfg):
+    """Write config.json, which makes --out this run's."""
+    path = os.path.join(cfg.out, "config.json")
+    if rank() == 0 and not os.path.exists(path):
+        os.makedirs(cfg.out, exist_ok=True)
+        files.write_file(path, json.dumps(asdict(cfg), indent=1))
+    barrier()
+
+
+LOGGED = {}  # of each metrics.jsonl the place of this process's last line
+
+
+def log(cfg, row):
+    """One more line in metrics.jsonl. This process's first one writes the file anew, without what a stopped run left
+    beyond its last saved state or torn; a full disk costs no other line."""
+    path = os.path.join(cfg.out, "metrics.jsonl")
+
+    def place(row):
+        return row["iteration"], row["phase"], row.get("step", 0)
+
+    if os.path.exists(path) and path in LOGGED and LOGGED[path] < place(row):
+        files.append_line(path, row)
+    else:
+        old = [r for r in files.read_lines(path, torn=True) if place(r) < place(row)] if os.path.exists(path) else []
+        files.write_lines(path, [*old, row])
+    LOGGED[path] = place(row)
+
+
+class Run:
+    """A training and its folder; every rank calls each method.
+
+    cfg, model, optimizer: the training, live
+    t, folder: the iteration in progress; after __init__ t is the last one that is finished
+    pi_0: this rank's part of the first weights that learn, where Eq. 11 asks for them"""
+
+    def __init__(self, cfg, model, optimizer):
+        self.cfg, self.model, self.optimizer = cfg, model, optimizer
+        self.pi_0 = {name: p.clone() for name, p in fsdp.learned_weights(model).items()} if cfg.gamma else None
+        self.t = self.resume()
+        self.folder = None
+
+    def begin(self, t):
+        self.t, self.folder = t, iteration_folder(self.cfg.out, t)
+
+    def resume(self):
+        """Bring a stopped run's weights back, in setting two its optimiser too; returns the last finished iteration."""
+        cfg = self.cfg
+        kept = {t: path for t, path in kept_policies(cfg.out).items() if t <= cfg.iterations}
+        done = max(kept, default=0)
+        if cfg.one_training and done < cfg.iterations:
+            done = max(0, fsdp.load_training(cfg.out, self.model, self.optimizer) - 1)
+            barrier()
+            if rank() == 0:
+                self.forget(done)
+            barrier()
+        elif done:
+            fsdp.read_slices(self.model, kept[done])
+            fsdp.remove_training(iteration_folder(cfg.out, done))
+            fsdp.remove_training(cfg.out)
+        return done
+
+    def forget(self, done):
+        """Setting two: what came after the saved state is done again, with data of its own."""
+        if not os.path.isdir(self.cfg.out):
+            return
+        for name in os.listdir(self.cfg.out):
+            prefix, _, t = name.rpartition("_")
+            folder = os.path.join(self.cfg.out, name)
+            if prefix == "iter" and (int(t) > done or not os.path.isdir(os.path.join(folder, "policy"))):
+                shutil.rmtree(folder)
+
+    # --- pairs ---------------------------------------------------------------------------------------------------
+
+    def pairs(self, prompts, play, read, speakers):
+        """The iteration's pairs, in waves: every rank plays its waves and keeps each on disk. A wave has its own random
+        numbers, so the pairs do not depend on the number of ranks or on where a run was stopped.
+
+        play(prompts of a wave, rng, dropped) -> pairs; read: a pair from its line of pairs.jsonl; speakers: {name: who
+        speaks}, whose `tokens`, if it has any, are logged."""
+        cfg, start = self.cfg, time.time()
+
+        def wave(rows, number):
+            dropped = Counter()
+            pairs = play(rows, np.random.default_rng([cfg.seed, self.t, number]), dropped)
+            check_failures(dropped["user"], len(rows), cfg)
+            return [{"dropped": dropped}, *(pair.to_json() for pair in pairs)]
+
+        tokens = {name: s.tokens for name, s in speakers.items() if hasattr(s, "tokens")}
+        for counter in tokens.values():
+            counter.clear()
+        path = os.path.join(self.folder, "pairs.jsonl")
+        rows = in_waves(path, prompts, cfg.wave, wave, f"iteration {self.t}: collect")
+        pairs, dropped = [], Counter()
+        for row in rows:
+            if "dropped" in row:
+                dropped.update(row["dropped"])
+            else:
+                pairs.append(read(row))
+        if not pairs:
+            raise BadInput(f"no pair is left of {len(prompts)} prompts: {dict(dropped)}")
+        if rank() == 0:
+            self.report_pairs(pairs, len(prompts), dropped, tokens, round(time.time() - start, 1))
+        return pairs
+
+    def report_pairs(self, pairs, prompts, dropped, tokens, seconds):
+        if all(p.rewards[0] == p.rewards[1] for p in pairs):
+            print(f"iteration {self.t}: in no pair do the two rewards differ; Eq. 1 then keeps the policy as it is", flush=True)
+        if os.path.exists(os.path.join(self.folder, "logps.jsonl")):
+            return
+        print(f"{len(pairs)} pairs of {prompts} prompts; dropped: {dict(dropped)}", flush=True)
+        cut = [d.truncated[p.h - 1] for p in pairs for d in p.dialogues]
+        log(self.cfg, {"iteration": self.t, "phase": "collect", "pairs": len(pairs), "dropped": dropped,
+                       "reward": float(np.mean([p.rewards for p in pairs])), "truncated": float(np.mean(cut)),
+                       "tokens": tokens, "seconds": seconds})  # fmt: skip
+
+    # --- ln pi_t and ln pi_0 -------------------------------------------------------------------------------------
+
+    def with_logps(self, pairs):
+        """The pairs with ln pi_t of both responses, and ln pi_0 for Eq. 11; from logps.jsonl if the iteration was stopped
+        after they had been computed."""
+        path = os.path.join(self.folder, "logps.jsonl")
+        if not os.path.exists(path):
+            logps = self.compute_logps(pairs, f"{path}.parts")
+            base = logps
+            if self.cfg.gamma:
+                with fsdp.exchanged(self.model, self.pi_0):
+                    base = self.checked_logps(pairs)
+            if rank() == 0:
+                self.report_logps(pairs, logps, base)
+                files.write_lines(path, [[*new, *old] for new, old in zip(logps, base)])
+            barrier()
+        if rank() == 0:
+            shutil.rmtree(f"{path}.parts", ignore_errors=True)
+        found = []
+        for pair, row in zip(pairs, files.read_lines(path), strict=True):
+            found.append(pair._replace(logps=tuple(row[:2]), base_logps=tuple(row[2:])))
+        return found
+
+    def compute_logps(self, pairs, folder):
+        """ln pi_t, the pairs of checkpoint_steps batches at a time, each part kept on disk until all are done: a kill
+        costs no more here than in training."""
+        size = self.cfg.batch_size * self.cfg.checkpoint_steps
+        if len(pairs) <= size:
+            return self.checked_logps(pairs)
+        logps = []
+        for start in range(0, len(pairs), size):
+            part = os.path.join(folder, f"{start:08d}.jsonl")
+            if os.path.exists(part):  # or not, on all ranks alike: it is written after all of them have been here
+                logps += files.read_lines(part)
+                continue
+            new = self.checked_logps(pairs[start : start + size])
+            logps += new
+            if rank() == 0:
+                os.makedirs(folder, exist_ok=True)
+                files.write_lines(part, new)
+        return logps
+
+    def checked_logps(self, pairs):
+        logps = old_logps(self.model, pairs, self.cfg).tolist()
+        for pair, row in zip(pairs, logps):
+            if not math.isfinite(sum(row)):
+                raise BadInput(f"ln pi is not finite: {describe(pair._replace(logps=tuple(row)))}")
+        return logps
+
+    def report_logps(self, pairs, logps, base):
+        """How far the engine that sampled is from the weights that are trained: 1e-5 in float32; stale weights show here."""
+        gaps = []
+        for pair, row in zip(pairs, logps):
+            for d, logp, y in zip(pair.dialogues, row, (pair.y, pair.y2)):
+                gaps.append(abs(d.logps[pair.h - 1] - logp) / max(1, len(y)))
+        row = {"iteration": self.t, "phase": "logps"}
+        if math.isfinite(np.mean(gaps)):  # responses of a data set have no engine
+            row["engine_gap"] = float(f"{np.mean(gaps):.3g}")
+        if self.cfg.gamma:
+            row["kl_0"] = float(np.mean(np.subtract(logps, base)))
+        print(", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+        log(self.cfg, row)
+
+    # --- training ------------------------------------------------------------------------------------------------
+
+    def first_step(self):
+        """The step at which the iteration's training resumes."""
+        self.start = time.time()
+        return fsdp.load_training(self.folder, self.model, self.optimizer)
+
+    def after_step(self, step, metrics):
+        """Log a step's metrics and, now and then, save the training in progress."""
+        cfg = self.cfg
+        if rank() == 0:
+            row = {"iteration": self.t, "phase": "regress", "step": step, "seconds": round(time.time() - self.start, 1)}
+            for name, value in metrics.items():
+                row[name] = float(f"{value:.6g}") if isinstance(value, float) else value
+            log(cfg, row)
+        if cfg.snapshot_steps and (step + 1) % cfg.snapshot_steps == 0:
+            fsdp.save_policy(os.path.join(self.folder, f"step_{step + 1}"), self.model, cfg.policy)
+        if (step + 1) % cfg.checkpoint_steps == 0:
+            fsdp.save_training(self.folder, self.model, self.optimizer, step)
+
+    def finish(self):
+        """The end of an iteration: its policy is kept. Of setting two's thousands only every policy_every-th and the last
+        is, the training state of every checkpoint_steps-th replaces the one before, and other iterations leave no file."""
+        cfg, last = self.cfg, self.t == self.cfg.iterations
+        keep = last or not cfg.one_training or self.t % cfg.policy_every == 0
+        if keep:
+            fsdp.save_policy(policy_folder(cfg.out, self.t), self.model, cfg.policy)
+        fsdp.remove_training(self.folder)
+        if cfg.one_training and last:
+            fsdp.remove_training(cfg.out)
+        elif cfg.one_training and self.t % cfg.checkpoint_steps == 0:
+            fsdp.save_training(cfg.out, self.model, self.optimizer, self.t)
+        if not keep and rank() == 0:
+            shutil.rmtree(self.folder)
+
+
+def progress(steps, first, desc):
+    """The steps that are left as (number, step), behind a bar on rank 0."""
+    return tqdm(list(enumerate(steps))[first:], desc=desc, disable=rank() > 0)
+
+
+def log_data(cfg, counts):
+    """The first line of metrics.jsonl: what the data set gave and what was dropped of it, by reason."""
+    if rank() == 0 and counts and not os.path.exists(os.path.join(cfg.out, "metrics.jsonl")):
+        log(cfg, {"iteration": 0, "phase": "data"} | counts)

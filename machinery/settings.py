@@ -1,0 +1,204 @@
+"""Config, the settings with the source of every value, the flags that change them, and the seeds made of them."""
+import argparse
+import hashlib
+import math
+import re
+from dataclasses import dataclass, fields
+
+from machinery.files import BadInput
+from machinery.ranks import world
+
+
+def seed_for(*key):
+    """A 62-bit seed made from a key such as (stream, turn, speaker): equal keys, equal seeds, on any machine.
+
+    The released code gives one seed to a whole batch and to every turn, so that all prompts share their noise
+    (vLLM draws the same noise for equal seeds); here no two draws share a key."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 2
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on; every field is a flag (num_prompts is --num-prompts)."""
+
+    setting: str  # toy, one (section 4.2) or two (section 4.3)
+    policy: str  # pi_1: a checkpoint folder or a hub id
+    reference: str  # what win rates and KL are measured against
+    user: str  # who plays the user: toy, dataset (its own questions), serve:CHECKPOINT, CHECKPOINT, or a server's URL
+    user_model: str  # the model's name at a URL
+    user_temperature: float  # of a language model as the user
+    user_tokens: int  # its whole reply; a question that is cut off does not count
+    max_failures: float  # share of dialogues that the user may leave without a turn; above it the run stops
+    reward: str  # r(s_{H+1})
+    reward_tokens: int  # a conversation that is longer for the reward model is dropped and counted, never cut
+    dataset: str  # where the first prompts come from: toy, ultrainteract, hh, a file, a folder or a hub id
+    engine: str  # vllm, transformers, or auto: vllm where it is installed
+    out: str  # the run's folder
+    seed: int
+    iterations: int  # T of Algorithm 1; 0, in setting two: as many as one pass over the training prompts has
+    num_prompts: int  # prompts an iteration; each gives at most one pair
+    # 0, setting one: every iteration is a training of its own and draws from all prompts. N, setting two: iterations
+    # are the updates of one training (one optimiser, one schedule, prompts pass by pass) and every N-th policy is kept.
+    policy_every: int
+    max_turns: int  # H ~ U(max_turns), section 4.2
+    max_new_tokens: int  # a turn of the assistant
+    max_length: int  # the engine's context: a dialogue that may outgrow it is dropped and counted
+    max_dialogue: int  # section 4.2: a finished dialogue of more tokens is dropped, y's and y''s by one rule
+    temperature: float  # of sampling and of ln pi in the loss, which must agree; no top-p, no top-k
+    eta: float  # Eq. 1
+    gamma: float  # Eq. 11: the weight of ln pi_t/pi_0 in the reward
+    penalty: float  # Eq. 11's Gamma: the reward of a dialogue with an answer that was cut; 0: it keeps its score
+    train_layers: int  # the last so many layers learn, all else is frozen; 0: everything learns
+    lr: float
+    warmup: float  # share of the steps; then a cosine to 0. Setting two: none, and linear to 0 over the updates
+    weight_decay: float
+    batch_size: int  # pairs a step, over all ranks
+    epochs: int  # passes over an iteration's pairs
+    micro_tokens: int  # tokens of one forward and backward on one rank
+    activation_checkpointing: str  # what of a layer runs again in the backward: none, selective (no product), full
+    replicas: int  # copies of the weights; 1: sharded over all ranks; the number of nodes: within each node
+    checkpoint_steps: int  # steps (setting two: updates) between two saved training states
+    snapshot_steps: int  # steps between two policies kept for Figure 2; 0: none
+    wave: int  # dialogues that an engine plays at once: the unit of work, of seeds and of resuming
+    eval_wave: int  # the same of the evaluation
+    eval_dialogues: int  # section 4.2: 500; more here, since one turn's interval is 4.4 points wide at 500
+
+    @property
+    def one_training(self):
+        """Whether all iterations are updates of one training (setting two), or each is a training of its own (one)."""
+        return self.policy_every > 0
+
+
+SETTINGS = {
+    # eta is REFUEL's best of the grid in docs/baselines.md; lr 5e-4 diverges. The world is described in toy.py.
+    "toy": dict(
+        policy="toy", reference="toy", user="toy", reward="toy", dataset="toy", engine="auto", out="runs/toy", seed=0,
+        user_model="", user_temperature=0.8, user_tokens=64, max_failures=0.05, reward_tokens=256, max_dialogue=256,
+        iterations=2, num_prompts=2048, policy_every=0, max_turns=5, max_new_tokens=16, max_length=256, temperature=1.0,
+        eta=30.0, gamma=0.0, penalty=0.0, train_layers=0, lr=1e-4, warmup=0.1, weight_decay=1e-6, batch_size=32,
+        epochs=1, micro_tokens=4096, activation_checkpointing="none", replicas=1, checkpoint_steps=50,
+        snapshot_steps=0, wave=512, eval_wave=512, eval_dialogues=1000,
+    ),
+    "one": dict(
+        policy="meta-llama/Meta-Llama-3-8B-Instruct",  # section 4.2; the reference is pi_1 itself
+        reference="meta-llama/Meta-Llama-3-8B-Instruct",
+        user="serve:meta-llama/Llama-3.1-70B-Instruct",  # C.2
+        user_model="meta-llama/Llama-3.1-70B-Instruct",  # where --user is a URL
+        user_temperature=0.8, user_tokens=1024,  # the released code; the paper is silent
+        max_failures=0.05,  # ours: the released code takes any reply
+        reward="RLHFlow/ArmoRM-Llama3-8B-v0.1", reward_tokens=4096,  # section 4.2; the length is the released code's
+        dataset="ultrainteract", engine="auto", out="runs/one", seed=0,
+        iterations=2, policy_every=0,  # section 4.2
+        num_prompts=64_000,  # the released README's episodes, before what is dropped
+        max_turns=5,  # section 4.2: H ~ U(5)
+        max_new_tokens=1024, temperature=0.8,  # the released README
+        max_length=8192,  # Llama 3's context: evaluation has no limit of its own
+        max_dialogue=2048,  # sections 4.2 and C.4
+        eta=1e3, lr=3e-7, warmup=0.1, weight_decay=1e-6, batch_size=128, epochs=1,  # the released README; C.3
+        gamma=0.0, penalty=0.0, train_layers=0,  # C.1: Eq. 11 is setting two's, and all layers are trained
+        micro_tokens=3072,  # ours: no pair is longer (2,048 and another answer); see --plan for the memory
+        activation_checkpointing="selective", replicas=1,
+        checkpoint_steps=50, snapshot_steps=0,
+        # ours: as many full-length dialogues as fit in the KV cache beside the user's part of an 80-GB GPU, see --plan
+        wave=64, eval_wave=64,
+        eval_dialogues=500,  # section 4.2
+    ),
+    "two": dict(
+        policy="meta-llama/Meta-Llama-3-8B-Instruct",  # section 4.3
+        reference="meta-llama/Meta-Llama-3-8B-Instruct",
+        user="dataset",  # section 4.3: the data's own questions, as many as there are
+        user_model="", user_temperature=1.0, user_tokens=1024, max_failures=0.05,  # no model speaks for the user
+        reward="sfairXC/FsfairX-LLaMA3-RM-v0.1", reward_tokens=4096,  # section 4.3; no dialogue reaches that length
+        dataset="ultrainteract", engine="auto", out="runs/two", seed=0,
+        num_prompts=32, batch_size=32,  # C.1: |D| = 32
+        iterations=0,  # C.1: one pass over the data
+        epochs=4,  # the released code: four steps on each |D|; the paper's one epoch is the pass over the data
+        policy_every=500, checkpoint_steps=20,  # ours: a policy takes 32 GB, a training state 10
+        max_turns=5, max_dialogue=3200,  # section 4.3; C.4 (section 4.3 itself says 2,048 tokens)
+        max_new_tokens=1024,  # Table 5; fewer for dialogues of more turns, see data.ULTRAINTERACT_CAPS
+        max_length=4352,  # ours: 3,200 and the longest answer
+        temperature=1.0,  # the released code
+        eta=1.0, lr=3e-7, weight_decay=1e-6,  # the released README; linear to 0 as the released code
+        gamma=0.0, penalty=-4.0,  # the released README for UltraInteract
+        train_layers=4,  # C.1
+        warmup=0.0, micro_tokens=8192, activation_checkpointing="selective", replicas=1, snapshot_steps=0,
+        wave=4, eval_wave=64,  # ours: 8 ranks share 32 prompts, and 500 in the evaluation
+        eval_dialogues=500,  # section 4.3
+    ),
+}  # fmt: skip
+# Where the data set's name says hh (a hub id or a path does as well), the values of setting two that differ: C.4 and
+# the released README.
+HH = {"two": dict(max_new_tokens=512, gamma=0.05, penalty=-10.0)}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(message)
+
+
+def read_config(argv, description, **more):
+    """The configuration of a command line: the setting's values, each replaced by its flag.
+
+    more: other flags of a script, name=dict of add_argument's options; they are returned beside it as a dict, in which
+    "given" names the fields of Config that stood on the command line."""
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        name = "--" + f.name.replace("_", "-")
+        parser.add_argument(name, type=f.type, default=argparse.SUPPRESS, metavar=f.type.__name__)
+    for name, options in more.items():
+        parser.add_argument("--" + name.replace("_", "-"), **options)
+    given = vars(parser.parse_args(argv))
+    extra = {}
+    for name in more:
+        if name in given:
+            extra[name] = given.pop(name)
+    setting = given.pop("setting", None)
+    if setting not in SETTINGS:
+        raise BadInput(f"--setting is one of {', '.join(SETTINGS)}, not {setting}")
+    values = dict(SETTINGS[setting])
+    if is_hh(given.get("dataset", "")):
+        values |= HH.get(setting, {})
+    cfg = Config(setting=setting, **values | given)
+    check(cfg)
+    return (cfg, extra | {"given": frozenset(given)}) if more else cfg
+
+
+def is_hh(name):
+    """Whether a data set's name or path says that it is Anthropic-HH."""
+    return re.search(r"(?i)(?<![a-z])hh(?![a-z])", name) is not None
+
+
+POSITIVE = """num_prompts max_turns max_new_tokens eta lr temperature epochs micro_tokens checkpoint_steps wave
+              eval_wave eval_dialogues user_tokens reward_tokens max_dialogue user_temperature""".split()
+NOT_NEGATIVE = "weight_decay seed snapshot_steps policy_every train_layers gamma".split()
+CHOICES = {"engine": ("auto", "vllm", "transformers"), "activation_checkpointing": ("none", "selective", "full")}
+
+
+def check(cfg):
+    """Everything about a configuration that can be known to be wrong before anything is loaded."""
+
+    def demand(good, name, words):
+        if not good:
+            raise BadInput(f"--{name.replace('_', '-')} must be {words}, not {getattr(cfg, name)}")
+
+    for name in POSITIVE:
+        demand(0 < getattr(cfg, name) < math.inf, name, "positive")
+    for name in NOT_NEGATIVE:
+        demand(0 <= getattr(cfg, name) < math.inf, name, "0 or more")
+    for name, (*most, last) in CHOICES.items():
+        demand(getattr(cfg, name) in (*most, last), name, f"{', '.join(most)} or {last}")
+    one_pass = cfg.iterations == 0 and cfg.one_training
+    demand(cfg.iterations > 0 or one_pass, "iterations", "positive (in setting two, 0 is one pass)")
+    demand(math.isfinite(cfg.penalty), "penalty", "a number")
+    divides = cfg.replicas > 0 and world() % cfg.replicas == 0
+    demand(divides, "replicas", f"a divisor of {world()}, the number of processes")
+    demand(0 <= cfg.max_failures <= 1, "max_failures", "a share of the dialogues, in [0, 1]")
+    demand(0 <= cfg.warmup < 1, "warmup", "a share of the steps, in [0, 1)")
+    longer = cfg.max_length > cfg.max_new_tokens
+    demand(longer, "max_length", f"more than --max-new-tokens {cfg.max_new_tokens}")
+    demand(0 < cfg.batch_size <= cfg.num_prompts, "batch_size", f"in 1..{cfg.num_prompts}, the number of prompts")

@@ -1,0 +1,149 @@
+"""Who speaks at x_{h+1}: appendix C.2's language model, or the data's own next question.
+
+A user has reply(dialogues) -> [text, or None where it has no turn to give], and sees whole batches.
+"""
+import importlib.util
+import math
+import os
+from collections import Counter
+from dataclasses import replace
+
+from tqdm import tqdm
+
+from machinery import serve
+from machinery.ask import Local, Server, longest_prompt
+from machinery.engines import gpu_share, load_engine
+from machinery.files import BadInput, find_checkpoint
+from machinery.ranks import node
+from machinery.template import load_tokenizer
+
+# Appendix C.2 in the paper's wording; the line breaks and the speakers' marks, lost there, are the released code's.
+USER_PROMPT = """Below is a dialogue between the user and the assistant. Pretend you are the user in this conversation. \
+What question would you ask next?
+
+### Dialogue:
+{dialogue}
+
+### Instructions:
+FIRST provide a justification of the question you want to ask. SECOND, on a new line, state only the question. Your \
+response should use the format:
+Justification: <one-sentence justification>
+Question: <question to ask next>"""
+
+USER_TRIES = 3  # replies asked for, each with a seed of its own, before a dialogue is given up
+
+
+class LLMUser:
+    """Setting one: a language model that is asked what the user would say next (appendix C.2).
+
+    ask: a Server or a Local, which sends the prompt as one user message of the model's own chat template; longest: a
+    question of more characters does not count; limit: share of unanswered prompts at which a server is left alone."""
+
+    NO_QUESTION = "a reply without a question"
+
+    def __init__(self, ask, longest, limit):
+        self.ask, self.longest, self.limit = ask, longest, limit
+        self.tokens = ask.engine.tokens if hasattr(ask, "engine") else Counter()  # a server counts its own
+
+    def reply(self, dialogues):
+        texts, why = [None] * len(dialogues), {}
+        rows = list(range(len(dialogues)))
+        for k in range(USER_TRIES):
+            if not rows:
+                break
+            prompts = [user_prompt(dialogues[i].messages) for i in rows]
+            seeds = [dialogues[i].seed(f"user {k}") for i in rows]
+            for n, reply, reason in self.ask(prompts, seeds, math.ceil(self.limit * len(dialogues))):
+                texts[rows[n]] = next_question(reply or "", self.longest)
+                why[rows[n]] = reason if reply is None else self.NO_QUESTION
+            # a prompt that a server has failed five times is not sent again: one that hangs would cost three times as much
+            rows = [i for i in rows if texts[i] is None and why[i] == self.NO_QUESTION]
+        failed = [i for i, text in enumerate(texts) if text is None]
+        if failed:
+            reason = next(filter(None, map(why.get, failed)))
+            tqdm.write(f"the user gave no turn to {len(failed)} of {len(dialogues)} dialogues: {reason}")
+        return texts
+
+
+def user_prompt(messages):
+    dialogue = "\n\n".join(f"### {m['role']}: {m['content']}" for m in messages)
+    return USER_PROMPT.format(dialogue=dialogue)
+
+
+def next_question(reply, longest):
+    """What stands behind the last "Question:" of a user model's reply; None where that is missing, empty or too long.
+
+    The released code takes the whole reply, justification and all, where the mark is missing, and an empty turn where
+    nothing follows it. A mark in bold type leaves its closing stars in front of the question.
+
+    >>> next_question("Justification: to know. **Question:** How far is it?", 100)
+    'How far is it?'
+    """
+    _, mark, text = reply.rpartition("Question:")
+    text = text.strip().removeprefix("**").strip()
+    return text if mark and 0 < len(text) <= longest else None
+
+
+class DataUser:
+    """Setting two: the data set's own next question, whatever the policy said; secret lists x_2, x_3, ..."""
+
+    def reply(self, dialogues):
+        return [d.secret[len(d.spans) - 1] if len(d.spans) <= len(d.secret) else None for d in dialogues]
+
+
+def check_user(cfg):
+    """Everything about --user that can be known before a model is loaded."""
+    if cfg.user == "dataset":
+        return
+    if "://" in cfg.user:
+        user_server(cfg)
+        return
+    load_tokenizer(find_checkpoint(cfg.user.removeprefix("serve:")))
+    if cfg.user.startswith("serve:") and not importlib.util.find_spec("vllm"):
+        raise BadInput(f"--user {cfg.user}: vllm is not installed (pip install -r requirements-gpu.txt)")
+
+
+def reach_user(cfg):
+    """One question to a user at a URL: a server that is not there is found before any model is loaded."""
+    if "://" not in cfg.user:
+        return
+    hello = user_prompt([{"role": "user", "content": "Hello."}])
+    _, reply, why = next(user_server(cfg, tries=3)([hello], [0]))
+    if reply is None:
+        raise BadInput(f"--user {cfg.user} does not answer as {cfg.user_model}: {why}")
+
+
+def user_server(cfg, **options):
+    if not cfg.user_model:
+        raise BadInput("--user URL needs --user-model NAME")
+    return Server(cfg.user, cfg.user_model, flag="--user", **user_options(cfg), **options)
+
+
+def user_options(cfg):
+    return dict(threads=256, temperature=cfg.user_temperature, max_tokens=cfg.user_tokens, whole=True)
+
+
+def load_user(cfg):
+    """Who plays the user: `dataset`, the URL of a server, `serve:` and a checkpoint for a server of this node's own, or a
+    checkpoint in an engine of this process."""
+    if cfg.user == "dataset":
+        return DataUser()
+    if "://" in cfg.user:
+        ask = user_server(cfg)
+    else:
+        path = find_checkpoint(cfg.user.removeprefix("serve:"))
+        room = longest_prompt(path, 2 * cfg.max_length + cfg.user_tokens)  # its tokenizer may need more tokens
+        if cfg.user.startswith("serve:"):
+            log = os.path.join(cfg.out, f"user_{node()}.log")
+            ask = serve.Served(path, log, room, gpu_share(cfg, "user"), **user_options(cfg))
+        else:
+            own = replace(cfg, temperature=cfg.user_temperature, max_new_tokens=cfg.user_tokens, max_length=room)
+            ask = Local(load_engine(path, own, "user"), max(cfg.wave, cfg.eval_wave), whole=True)
+    return LLMUser(ask, 8 * cfg.user_tokens, cfg.max_failures)
+
+
+def check_failures(failed, dialogues, cfg):
+    """A run in which the user fails too often is stopped: what is left would be another distribution of dialogues."""
+    if failed > math.ceil(cfg.max_failures * dialogues):
+        raise BadInput(f"--user {cfg.user} failed in {failed} of {dialogues} dialogues; --max-failures is "
+                       f"{cfg.max_failures:g} (finished waves are kept: run the same command again to go on)")  # fmt: skip
