@@ -141,7 +141,7 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
-def read_config(argv, description, **more):
+def read_config(argv, description=None, **more):
     """The configuration of a command line: the setting's values, each replaced by its flag.
 
     more: other flags of a script, name=dict of add_argument's options; they are returned beside it as a dict, in which

@@ -8,12 +8,12 @@ from functools import partial
 
 sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 
+from helpers import collected, random_pairs
+import simulator
 from machinery import ranks  # first: it sets what torch reads when it is imported
 
-from machinery import data
 from machinery import fsdp
 import refuel
-from conftest import random_pairs
 from machinery.files import BadInput
 from machinery.ranks import rank, world
 
@@ -47,7 +47,7 @@ def numbers(base, out):
     folder = lambda name: os.path.join(cfg.out, name)  # noqa: E731
     os.makedirs(cfg.out, exist_ok=True)
     for name, some in (("three waves", prompts), ("one prompt", prompts[:1])):
-        found[name] = [p._asdict() | {"dialogues": None} for p in refuel.collected(folder(name), collect, some, cfg, 1)]
+        found[name] = [p._asdict() | {"dialogues": None} for p in collected(folder(name), collect, some, cfg, 1)]
 
     if world() > 2:
         return found
@@ -56,7 +56,7 @@ def numbers(base, out):
         dropped["identical"] += len(rows)
         return []
 
-    found["identical"] = complaint(lambda: refuel.collected(folder("identical"), identical, prompts, cfg, 1))
+    found["identical"] = complaint(lambda: collected(folder("identical"), identical, prompts, cfg, 1))
 
     def regress(pairs, loss_fn=refuel.refuel_loss):
         model, losses = refuel.load_policy(base, cfg), []

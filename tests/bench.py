@@ -9,7 +9,7 @@
     python tests/bench.py lengths SHAREGPT.json --policy FOLDER
                                                             how tests/lengths.json was made
 
-Every variant goes through refuel.with_old_logps and refuel.regress; only the layout functions, of refuel.py, logps.py
+Every variant goes through old_logps and refuel.regress; only the layout functions, of refuel.py, logps.py
 and fsdp.py, are exchanged, and the log-probs of all of them must agree to 1e-4 a token (bfloat16: 1e-1). FLOPs of matrix
 products are counted in what ran, as multiples of those with the weights on unique tokens; the share of the matmul rate
 is of those and attention's. Times are medians of repeats in which the variants
@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -34,15 +35,13 @@ sys.path.insert(0, ROOT)
 
 import refuel  # noqa: E402  (first: it sets what torch reads)
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from machinery import engines  # noqa: E402
-from machinery import files  # noqa: E402
-from machinery import fsdp  # noqa: E402
-from machinery import logps  # noqa: E402
-from machinery import ranks  # noqa: E402
+from helpers import peak_bytes, with_logps  # noqa: E402
+from machinery import engines, files, fsdp, logps, ranks, template, users  # noqa: E402
 import simulator  # noqa: E402
 
 LENGTHS = os.path.join(ROOT, "tests", "lengths.json")
@@ -161,12 +160,12 @@ def dense(rows_of):
         T = max(sum(logps.pair_length(pairs[i]) for i in row) for row in rows)
         ids_RT, position_RT, pair_RT, branch_RT, where_N, target_N, owner_N = ([] for _ in range(7))
         for r, row in enumerate(rows):
-            ids_1T, position_1T, lengths, where, target, owner = logps.pack([pairs[i] for i in row])
+            ids_1T, position_1T, lengths, where, target, *owner = logps.pack([logps.pair_row(pairs[i]) for i in row])
             for rows_T, x, fill in zip((ids_RT, position_RT, pair_RT, branch_RT),
                                        (ids_1T[0], position_1T[0], *whose(lengths)), (0, 0, -1, 0)):  # fmt: skip
                 rows_T.append(F.pad(x, (0, T - len(x)), value=fill))
             where_N.append(where + r * T), target_N.append(target)
-            owner_N.append(torch.tensor(row + [len(pairs) + i for i in row])[owner])
+            owner_N.append(torch.tensor(row)[owner[0]] + owner[1] * len(pairs))
         ids_RT, position_RT, pair_RT, branch_RT = (
             torch.stack(x).to(device) for x in (ids_RT, position_RT, pair_RT, branch_RT))  # fmt: skip
         where_N, target_N, owner_N = (torch.cat(x).to(device) for x in (where_N, target_N, owner_N))
@@ -215,7 +214,7 @@ def padded(model, pairs, temperature=1.0, length=2048):
     return (logp_BT * mask_BT).sum(-1).view(2, -1)
 
 
-def one_by_one(pairs, tokens):
+def one_by_one(pairs, tokens, length=None):
     return [([p], 1 / len(pairs)) for p in pairs]
 
 
@@ -259,7 +258,7 @@ VARIANTS = {  # whose attention, and which functions are exchanged
 
 @contextlib.contextmanager
 def exchanged(parts):
-    places = [vars(module) for module in (refuel, packing, fsdp)]
+    places = [vars(module) for module in (refuel, logps, fsdp)]
     assert all(any(name in place for place in places) for name in parts)
     kept = [{name: place[name] for name in parts if name in place} for place in places]
     for place, names in zip(places, kept):
@@ -277,7 +276,7 @@ def run_step(model, optimizer, pairs, cfg, attention="pairs", parts={}):
     with exchanged(parts):
         # each time: TRL's trainer has its own way with the same model
         fsdp.checkpoint_activations(model, cfg.activation_checkpointing)
-        old = refuel.with_old_logps(model, pairs, cfg)
+        old = with_logps(model, pairs, cfg)
         refuel.regress(model, optimizer, old, cfg)
     return torch.tensor([p.logps for p in old]).T
 
@@ -304,7 +303,7 @@ class Trl:
     def step(self, model, optimizer, pairs, size):
         model.set_attn_implementation("sdpa")
         fsdp.checkpoint_activations(model, "full")
-        logps = []
+        reference_logps = []
         batches = [self.trainer.data_collator(
             [dict(prompt_ids=p.prefix, chosen_ids=p.y, rejected_ids=p.y2) for p in pairs[i : i + size]])
             for i in range(0, len(pairs), size)]  # fmt: skip
@@ -312,12 +311,12 @@ class Trl:
         for batch in batches:
             batch = {k: v.to(model.lm_head.weight.device) for k, v in batch.items()}
             reference = self.trainer.compute_ref_log_probs(model, batch)
-            logps.append(torch.stack(reference).cpu())
+            reference_logps.append(torch.stack(reference).cpu())
             batch |= dict(zip(("ref_chosen_logps", "ref_rejected_logps"), reference))
             self.trainer.training_step(model, batch)
         optimizer.step()
         optimizer.zero_grad()
-        return torch.cat(logps, 1)
+        return torch.cat(reference_logps, 1)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------
@@ -340,23 +339,6 @@ def matmul_rate(model):
     for _ in range(5):
         torch.mm(a, a)
     return 5 * 2 * n**3 / (clock(device) - start)
-
-
-def peak_bytes(device, work):
-    """The most bytes that torch held during work(), above those it held before."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(profile_memory=True) as profile:
-        work()
-    held = most = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
 
 
 def in_place(sum_ik, a_ij, b_jk, **_):
@@ -382,7 +364,7 @@ def measure_step(args):
         fsdp.PRODUCTS.add(torch.ops.higher_order.flex_attention)  # not to be computed again in the backward either
     run = {name: lambda pairs, how=how: run_step(model, optimizer, pairs, cfg, *how) for name, how in variants.items()}
     for tokens in args.micro_tokens[1:]:
-        other = refuel.replace(cfg, micro_tokens=tokens)
+        other = replace(cfg, micro_tokens=tokens)
         run[f"ours, forwards of {tokens:,} tokens"] = lambda pairs, cfg=other: run_step(model, optimizer, pairs, cfg)
     with contextlib.suppress(ImportError):
         import trl
@@ -396,17 +378,17 @@ def measure_step(args):
     rates, rows = [], {name: dict(seconds=[], share=[], gap=0.0) for name in run}
     for repeat in range(args.repeats):
         pairs = make_pairs(args.pairs, args.seed + repeat, vocabulary, scale)
-        work, logps = flops(model, pairs), {}
+        work, found_logps = flops(model, pairs), {}
         rates.append(matmul_rate(model))
         for name, step in run.items():
             start = clock(args.device)
-            logps[name] = step(pairs)
+            found_logps[name] = step(pairs)
             rows[name]["seconds"].append(clock(args.device) - start)
             rows[name]["share"].append(work / rows[name]["seconds"][-1] / rates[-1])
             print(f"{repeat} {name}: {rows[name]['seconds'][-1]:.1f} s", file=sys.stderr, flush=True)
         tokens = torch.tensor([[len(p.y) for p in pairs], [len(p.y2) for p in pairs]])
-        for name, logp_2B in logps.items():
-            gap = ((logp_2B - logps["ours"]).abs() / tokens).max().item()
+        for name, logp_2B in found_logps.items():
+            gap = ((logp_2B - found_logps["ours"]).abs() / tokens).max().item()
             rows[name]["gap"] = max(rows[name]["gap"], gap)
             assert gap < (1e-4 if args.device == "cpu" else 0.1), (name, gap)
     pairs = make_pairs(args.pairs, args.seed, vocabulary, scale)
@@ -448,7 +430,7 @@ def timed_steps(model, batches, repeats, base_cfg):
     seconds = [[] for _ in batches]
     for repeat in range(repeats + 1):  # the first round warms up
         for batch, found in zip(batches, seconds):
-            cfg = refuel.replace(base_cfg, batch_size=len(batch))
+            cfg = replace(base_cfg, batch_size=len(batch))
             start = clock(model.lm_head.weight.device.type)
             run_step(model, optimizer, batch, cfg)
             found.append(clock(model.lm_head.weight.device.type) - start)
@@ -461,8 +443,8 @@ def one_rank(args):
     fsdp.shard(model)
     pairs = make_pairs(args.pairs, args.seed, model.config.vocab_size)
     seconds = timed_steps(model, [pairs], args.repeats, step_cfg(args))
-    total = fsdp.add_up(torch.tensor(seconds))[0].item()
-    if refuel.rank() == 0:
+    total = ranks.add_up(torch.tensor(seconds))[0].item()
+    if ranks.rank() == 0:
         print(json.dumps(total))
 
 
@@ -481,12 +463,12 @@ def measure_growth(args):
         tokens = sum(map(logps.pair_length, batch))
         rows.append(dict(what=name, tokens=tokens, seconds=seconds, flops=flops(model, batch)))
     del model
-    for ranks in (1, 2) if args.device == "cpu" else ():
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    for processes in (1, 2) if args.device == "cpu" else ():
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command += [__file__, "rank", "--model", args.model, "--repeats", str(args.repeats), "--pairs", str(4 * args.pairs)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=True)
         batch = make_pairs(4 * args.pairs, args.seed, words)
-        rows.append(dict(what=f"{len(batch)} pairs on {ranks} ranks", tokens=sum(map(logps.pair_length, batch)),
+        rows.append(dict(what=f"{len(batch)} pairs on {processes} ranks", tokens=sum(map(logps.pair_length, batch)),
                          seconds=json.loads(done.stdout.splitlines()[-1])))  # fmt: skip
     return dict(rows=rows, model=args.model)
 
@@ -540,34 +522,33 @@ def measure_generation(args):
     """One iteration's collection, --pairs prompts, by each engine: tokens computed for each needed one, and speed.
 
     The toy without --policy; else that checkpoint as policy and as user, on openings of this file, and --reward."""
-    from machinery import data
     from machinery import rewards
     import toy
     from simulator import Dialogue
 
     rows = []
     for engine in (args.engine,) if args.engine else ("vllm", "transformers"):
-        path = args.policy or files.prepare_checkpoint("toy")
+        path = args.policy or simulator.checkpoint("toy")
         cfg = refuel.read_config(f"--setting toy --policy {path} --engine {engine}".split())
         user, reward = toy.Customer(), toy.Reward()
         if args.policy:
-            cfg = refuel.replace(cfg, user=path, dataset="bench", max_new_tokens=48, max_length=1024, max_dialogue=1024,
-                                 user_tokens=96, max_failures=1.0, reward=args.reward or "toy", reward_tokens=4096)  # fmt: skip
-            user = simulator.load_user(cfg)
+            cfg = replace(cfg, user=path, dataset="bench", max_new_tokens=48, max_length=1024, max_dialogue=1024,
+                          user_tokens=96, max_failures=1.0, reward=args.reward or "toy", reward_tokens=4096)  # fmt: skip
+            user = users.load_user(cfg)
             reward = lambda dialogues: [float(len(d.ids)) for d in dialogues]  # noqa: E731
             reward = rewards.load_reward(cfg) if args.reward else reward
         policy = engines.load_engine(path, cfg)
         if args.policy:
             prompts = [Dialogue.start(policy.tokenizer, text) for text in (OPENINGS * args.pairs)[: args.pairs]]
         else:
-            prompts = simulator.train_prompts(refuel.replace(cfg, num_prompts=args.pairs), policy.tokenizer, 1)
-        refuel.collect(prompts[:2], policy, user, reward, cfg, refuel.np.random.default_rng(9))  # the libraries' start
+            prompts = simulator.train_prompts(replace(cfg, num_prompts=args.pairs), policy.tokenizer, 1)
+        refuel.collect(prompts[:2], policy, user, reward, cfg, np.random.default_rng(9))  # the libraries' start
         policy.update(files.read_weights(path))  # an iteration begins with an empty cache
         speakers = {"policy": Oracle(policy)} | ({"user": Oracle(user.ask.engine)} if args.policy else {})
         for speaker in (policy, *(user.ask.engine for _ in speakers if args.policy), reward):
             getattr(speaker, "tokens", Counter()).clear()
         start, dropped = time.process_time(), Counter()
-        pairs = refuel.collect(prompts, policy, user, reward, cfg, refuel.np.random.default_rng(0), dropped)
+        pairs = refuel.collect(prompts, policy, user, reward, cfg, np.random.default_rng(0), dropped)
         seconds = time.process_time() - start
         row = dict(engine=engine, prompts=len(prompts), pairs=len(pairs), seconds=seconds, dropped=dropped)
         whole = [d for p in pairs for d in p.dialogues]
@@ -625,7 +606,7 @@ def main():
     parser.add_argument("--out", default=RESULTS)
     args = parser.parse_args()
     if args.what == "lengths":
-        rows = make_lengths(args.file, simulator.load_tokenizer(args.policy))
+        rows = make_lengths(args.file, template.load_tokenizer(args.policy))
         files.write_file(LENGTHS, "[\n" + ",\n".join(json.dumps(r, separators=(",", ":")) for r in rows) + "\n]\n")
         return
     ranks.start_processes()

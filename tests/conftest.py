@@ -1,77 +1,15 @@
 """Checkpoints made on the spot: nothing is fetched, nothing is random that is not seeded."""
-import os
-import sys
+import helpers  # first: it finds the project and sets what torch and vLLM read when they are imported
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.dirname(os.path.abspath(__file__))]
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import json
 
-import refuel  # noqa: E402  (first: it sets what torch and vLLM read when they are imported)
+import pytest
+import torch
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-
-from machinery import ranks  # noqa: E402
-import toy  # noqa: E402
-from simulator import Dialogue  # noqa: E402
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-LLAMA3 = (
-    "{% for m in messages %}{% set content = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + "
-    "m['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
-    "{{ content }}{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-
-
-def make_bpe(template, special, bos, eos):
-    """A byte-level BPE with real merges, as Llama 3 and ChatML models have; adds a BOS of its own where it has one."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    text = ["the user asks the assistant a question , and the assistant answers the question \n\n again and again \n"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(text * 9, trainers.BpeTrainer(vocab_size=330, special_tokens=special,
-                                                           initial_alphabet=alphabet, show_progress=False))  # fmt: skip
-    if bos:  # the trap of Llama 3: the tokenizer adds a BOS to a text that the template has given one
-        core.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos, chat_template=template)
-
-
-def make_asker(path):
-    """A checkpoint that says "Question: go on" whatever it is asked, through its own chat template: a Llama whose layers
-    add nothing, with a table of successors as its head."""
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    special = ["<|pad|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>", "<|unknown|>"]
-    vocab = {word: i for i, word in enumerate([*special, "Question:", "go", "on"])}
-    core = Tokenizer(models.WordLevel(vocab, unk_token="<|unknown|>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|begin|>", eos_token="<|end|>", unk_token="<|unknown|>",
-                            chat_template=toy.TEMPLATE).save_pretrained(path)  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(vocab), hidden_size=32, intermediate_size=32, head_dim=32,
-                                         num_hidden_layers=1, num_attention_heads=1, max_position_embeddings=2048,
-                                         bos_token_id=1, eos_token_id=2))  # fmt: skip
-    said = ["<|assistant|>", "Question:", "go", "on", "<|end|>"]
-    with torch.no_grad():
-        model.model.layers[0].self_attn.o_proj.weight.zero_()
-        model.model.layers[0].mlp.down_proj.weight.zero_()
-        model.model.embed_tokens.weight.copy_(torch.eye(len(vocab), 32))
-        model.lm_head.weight.zero_()
-        for word, successor in zip(said, said[1:]):
-            model.lm_head.weight[vocab[successor], vocab[word]] = 8.0  # of a state of norm 32 ** 0.5
-    model.save_pretrained(path)
-    return str(path)
-
+import refuel
+import toy
+from helpers import CHATML, KEY, LLAMA3, NAMES, WORDS, Scripted, llama_config, make_bpe
+from machinery import ranks
 
 @pytest.fixture(scope="session")
 def tokenizers():
@@ -108,21 +46,80 @@ def cfg(base, tmp_path):
     return refuel.read_config(flags + more.split())
 
 
-def random_pairs(n, vocab=40, seed=0, longest=30):
-    """Pairs of random ids with lengths as uneven as real ones, single-token responses among them."""
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda low, high: torch.randint(low, high, (1,), generator=g).item()  # noqa: E731
-    ids = lambda k: torch.randint(6, vocab, (k,), generator=g).tolist()  # noqa: E731
-    return [refuel.Pair(ids(draw(2, longest)), ids(draw(1, 9)), ids(draw(1, 9)),
-                        (draw(0, 5) / 4, draw(0, 5) / 4), 1, 1) for _ in range(n)]  # fmt: skip
+@pytest.fixture
+def serve(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("no_proxy", "*")
+    servers = []
+
+    def start(script):
+        servers.append(Scripted(script))
+        return servers[-1]
+
+    yield start
+    for s in servers:
+        s.server.shutdown()
+        s.server.server_close()
 
 
-def dialogue(*answers):
-    """A dialogue with these answers as text; as many tokens as words."""
-    d = Dialogue(messages=[], spans=[], ids=[])
-    for answer in answers:
-        n = len(answer.split())
-        d.spans.append((len(d.ids) + 1, len(d.ids) + 1 + n))
-        d.ids += [0] * (n + 1)
-        d.messages += [{"role": "user", "content": "go on"}, {"role": "assistant", "content": answer}]
-    return d
+@pytest.fixture(scope="session")
+def llama3():
+    """A tokenizer with Llama 3's template, its special tokens, "assistant" and two line breaks at their places, its BOS trap."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate(letters)}
+    merges, word = [("Ċ", "Ċ")], "a"
+    vocab["ĊĊ"] = 271
+    for i, letter in enumerate("ssistant"):
+        merges.append((word, letter))
+        word += letter
+        vocab[word] = 78191 if word == "assistant" else 300 + i
+    vocab |= {f"<unused {i}>": i for i in set(range(128000)) - set(vocab.values())}
+    core = Tokenizer(models.BPE(vocab, merges))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORDS), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]), decoders.ByteLevel()  # fmt: skip
+    core.add_special_tokens([AddedToken(NAMES.get(i, f"<|reserved_special_token_{i}|>"), special=True, normalized=False)
+                             for i in range(128000, 128257)])  # fmt: skip
+    core.post_processor = processors.TemplateProcessing(single="<|begin_of_text|> $A",
+                                                        special_tokens=[("<|begin_of_text|>", 128000)])  # fmt: skip
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>",
+                                   chat_template=LLAMA3)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def armo(llama3, tmp_path_factory):
+    """A checkpoint of ArmoRM's shape: a Llama body, the head's tensors, a config that asks for remote code."""
+    from safetensors.torch import save_file
+    from transformers import LlamaModel
+
+    path = tmp_path_factory.mktemp("armo")
+    torch.manual_seed(0)
+    body = LlamaModel(llama_config())
+    state = {f"model.{k}": v.contiguous() for k, v in body.state_dict().items()}
+    sizes = [16, 12, 12, 12, 19]
+    for i in range(4):
+        state[f"gating.layers.{i}.weight"] = torch.randn(sizes[i + 1], sizes[i])
+        state[f"gating.layers.{i}.bias"] = torch.randn(sizes[i + 1])
+    state |= {"regression_layer.weight": torch.randn(19, 16), "reward_transform_matrix": torch.randn(19, 19),
+              "gating.logit_scale": torch.tensor([1.3])}  # fmt: skip
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    config = llama_config().to_dict() | {"architectures": ["LlamaForRewardModelWithGating"], "gating_temperature": 10,
+                                         "auto_map": {"AutoModelForSequenceClassification": "modeling_custom.Gating"}}  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "modeling_custom.py").write_text("raise SystemError('remote code was run')")
+    llama3.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def fsfairx(llama3, tmp_path_factory):
+    from transformers import LlamaForSequenceClassification
+
+    path = str(tmp_path_factory.mktemp("fsfairx"))
+    torch.manual_seed(1)
+    LlamaForSequenceClassification(llama_config()).save_pretrained(path)
+    llama3.save_pretrained(path)
+    return path

@@ -36,10 +36,11 @@ class Peak(threading.Thread):
 
 
 def measure(path, flags):
-    import processes
+    from helpers import random_pairs, with_logps
+    from machinery import ranks
     import refuel
+    import torch
     import torch.distributed as dist
-    from conftest import random_pairs
 
     cfg = refuel.read_config([*flags.split(), "--policy", path])
     ranks.start_processes()
@@ -52,13 +53,13 @@ def measure(path, flags):
     model = refuel.load_policy(path, cfg)
     found = {"collect": peak.now()}
     peak.read()
-    pairs = refuel.with_old_logps(model, pairs, cfg)
+    pairs = with_logps(model, pairs, cfg)
     found["log-probs"] = peak.read()
     refuel.regress(model, refuel.make_optimizer(model, cfg), pairs, cfg)
     found["train"] = peak.read()
-    row = refuel.torch.tensor([found[k] - before for k in found], dtype=refuel.torch.float64)
+    row = torch.tensor([found[k] - before for k in found], dtype=torch.float64)
     dist.all_reduce(row, dist.ReduceOp.MAX)
-    return dict(zip(found, row.tolist())), cfg, refuel.world()
+    return dict(zip(found, row.tolist())), cfg, ranks.world()
 
 
 def main():

@@ -18,7 +18,6 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path[:0] = [HERE, ROOT]
 
-
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
@@ -86,7 +85,7 @@ def one_rank(out):
 
     serve.command = lambda path, port, room, memory: [sys.executable, os.path.abspath(__file__), "fake", str(port)]
     if world() > 1:
-        import processes
+        from machinery import ranks
 
         ranks.start_processes()
     ask = serve.Served("a model", os.path.join(out, "user_0.log"), 99, None)
@@ -102,9 +101,10 @@ WORDS = {"a rank": ("refuel.py --setting", "torch.distributed.run"), "the server
 
 
 def main(out, names):
-    from conftest import make_asker
 
     os.makedirs(out, exist_ok=True)
+    from helpers import make_asker
+
     asker = make_asker(os.path.join(out, "asker"))
     flags = f"refuel.py --setting toy --user serve:{asker} --user-tokens 16 --engine transformers --num-prompts 512"
     flags += " --batch-size 32 --wave 16 --iterations 1 --eval-dialogues 16 --max-length 256 --out"

@@ -49,11 +49,13 @@ def run(argv):
     sys.path.insert(0, os.path.dirname(HERE))
     import evaluate
     import refuel
+    import simulator
     import toy
+    from machinery import fsdp, ranks, run
 
     def report(phase):
         with open(os.environ["SOAK"], "a") as file:
-            file.write(f"{os.getpid()}\t{refuel.rank()}\t{phase}\n")
+            file.write(f"{os.getpid()}\t{ranks.rank()}\t{phase}\n")
 
     def reporting(module, name, phase):
         real = getattr(module, name)
@@ -67,17 +69,17 @@ def run(argv):
     rolls = []
     toy.RECIPE.update(steps=30, batch=16)
     reporting(toy, "base_policy", "base policy")
-    reporting(refuel, "rollout", lambda *_: rolls.append(1) or ("roll-out" if len(rolls) % 2 == 0 else "roll-in"))
+    reporting(simulator, "rollout", lambda *_: rolls.append(1) or ("roll-out" if len(rolls) % 2 == 0 else "roll-in"))
     reporting(refuel, "make_pairs", "rewards")
-    reporting(refuel, "with_old_logps", "log-probs")
+    reporting(run, "old_logps", "log-probs")
     reporting(refuel, "regress", "training")
-    reporting(refuel, "save_training", "saving")
-    reporting(refuel, "save_policy", "saving")
-    reporting(refuel, "log", lambda _, row: f"step {row['iteration']} {row['step']}" if row["phase"] == "regress" else "log")
+    reporting(fsdp, "save_training", "saving")
+    reporting(fsdp, "save_policy", "saving")
+    reporting(run, "log", lambda _, row: f"step {row['iteration']} {row['step']}" if row["phase"] == "regress" else "log")
     reporting(evaluate, "evaluate", "evaluation")
     reporting(evaluate, "rollout", "evaluation")
-    keep = refuel.Keeper.__call__
-    refuel.Keeper.__call__ = lambda *a: (keep(*a), report("training"))  # saving is over
+    keep = run.Run.after_step
+    run.Run.after_step = lambda *a: (keep(*a), report("training"))  # saving is over
     refuel.main(argv)
 
 
@@ -160,7 +162,8 @@ class Command:
 def outcome(folder):
     """What must be equal: {file: value}, without seconds, speeds and the command line."""
     sys.path[:0] = [HERE, os.path.dirname(HERE)]
-    from test_refuel import run_folder
+
+    from helpers import run_folder
 
     return run_folder(os.path.join(folder, "run"))
 

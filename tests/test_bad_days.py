@@ -18,6 +18,9 @@ import time
 from dataclasses import replace
 
 import numpy as np
+from helpers import HUGE, KEY, NULL, ROOT, broken_checkpoint, collected, everything_in, hh, random_pairs, run_folder, ultra, with_logps
+from machinery import template
+from machinery.run import LOGGED, Run, check_folder, log, open_folder
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -36,12 +39,9 @@ import refuel
 import simulator
 import toy
 from machinery.ask import Server
-from conftest import ROOT, random_pairs
 from machinery.files import BadInput
-from simulator import Dialogue, LLMUser
-from test_judges import DRIP, HUGE, KEY, NULL, Scripted, everything_in, serve  # noqa: F401
-from test_refuel import broken_checkpoint, run_folder
-from test_settings import hh, ultra
+from machinery.users import LLMUser
+from simulator import Dialogue
 
 # --- disks -------------------------------------------------------------------------------------------------------
 
@@ -88,10 +88,10 @@ def test_every_way_in_which_a_folder_cannot_be_written_is_one_line(number, word,
     talks = [[Dialogue(messages=[{"role": "user", "content": text}])] for text in ("x", "y")]
     monkeypatch.setattr(os, "makedirs", refuse)
     monkeypatch.setattr("builtins.open", refuse)
-    for work in (lambda: processes.open_run(cfg), lambda: toy.base_policy(str(tmp_path / "b"), toy.RECIPE | dict(steps=1)),
+    for work in (lambda: open_folder(cfg), lambda: toy.base_policy(str(tmp_path / "b"), toy.RECIPE | dict(steps=1)),
                  lambda: fsdp.save_policy(str(tmp_path / "p"), model, base), lambda: files.write_lines("x", [1]),
                  lambda: ranks.in_waves(str(tmp_path / "w"), [1], 1, None, "w"),
-                 lambda: fsdp.save_training(str(tmp_path), model, None, 1), lambda: processes.log(cfg, {"iteration": 1}),
+                 lambda: fsdp.save_training(str(tmp_path), model, None, 1), lambda: log(cfg, {"iteration": 1}),
                  lambda: evaluate.claim(str(tmp_path), {}, cfg), lambda: judge(*talks)):  # fmt: skip
         stops_with_one_line(work, capsys, word)
 
@@ -99,7 +99,7 @@ def test_every_way_in_which_a_folder_cannot_be_written_is_one_line(number, word,
 def test_a_run_in_a_place_that_is_no_folder_is_one_line(base, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     flags = [*SMALL.split(), "--policy", base, "--reference", base, "--out", str(tmp_path / "file" / "run")]
-    stops_with_one_line(lambda: processes.open_run(processes.prepare(refuel.read_config(flags))), capsys, "file", "directory")
+    stops_with_one_line(lambda: check_folder(simulator.prepare(refuel.read_config(flags))), capsys, "file", "directory")
 
 
 # --- the served user ---------------------------------------------------------------------------------------------
@@ -221,12 +221,12 @@ def test_a_dead_user_stops_the_collection_above_5_per_cent_and_a_living_one_take
 
     dead = serve(lambda prompt, n: ASKS if n < 25 else (503, b""))
     with pytest.raises(BadInput, match="--max-failures is 0.05"):
-        refuel.collected(path, lambda *a, **k: collect(dead, *a, **k), prompts, cfg, 1)
+        collected(path, lambda *a, **k: collect(dead, *a, **k), prompts, cfg, 1)
     kept = os.listdir(f"{path}/pairs.jsonl.parts")
     assert 1 <= len(kept) < 3
     lives = serve(lambda prompt, n: ASKS)
-    pairs = refuel.collected(path, lambda *a, **k: collect(lives, *a, **k), prompts, cfg, 1)
-    again = refuel.collected(str(tmp_path / "whole"), lambda *a, **k: collect(lives, *a, **k), prompts, cfg, 1)
+    pairs = collected(path, lambda *a, **k: collect(lives, *a, **k), prompts, cfg, 1)
+    again = collected(str(tmp_path / "whole"), lambda *a, **k: collect(lives, *a, **k), prompts, cfg, 1)
     assert [p.prefix for p in pairs] == [p.prefix for p in again] and [p.y for p in pairs] == [p.y for p in again]
 
 
@@ -334,7 +334,7 @@ def test_bad_rows_among_good_ones_are_counted_and_the_good_ones_are_all_there(ba
     everything = [*bad, *rows, ultra("question 3"), ultra(MEGA)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in everything))
     cfg = replace(cfg, dataset=str(tmp_path / "data.jsonl"), user="http://localhost/v1")
-    found = data.load_data(*data.data_key(cfg, simulator.load_tokenizer(base)))
+    found = data.load_data(cfg, template.load_tokenizer(base))
     assert len(found.train + found.test) == 20 and len(bad) > 20
     dropped = dict(found.dropped)
     assert dropped.pop("duplicate") == 1 and dropped.pop("prompt too long") == 1 and sum(dropped.values()) == len(bad)
@@ -398,7 +398,7 @@ def test_a_file_that_is_no_data_set_is_one_line_and_runs_no_code(name, make, wor
     monkeypatch.setenv("MARK", str(tmp_path / "mark"))
     make(str(tmp_path / name))
     with pytest.raises(BadInput, match=word) as stop:
-        data.load_split(replace(cfg, dataset=str(tmp_path / name)), "train", simulator.load_tokenizer(base))
+        simulator.first_prompts(replace(cfg, dataset=str(tmp_path / name)), "train", template.load_tokenizer(base))
     assert "\n" not in str(stop.value) and name in str(stop.value) and not (tmp_path / "mark").exists()
 
 
@@ -412,7 +412,7 @@ def test_the_ids_under_the_mask_are_the_sampled_ids_whatever_anybody_says(tokeni
     """Whatever the texts and whatever is sampled, cut or ended, control tokens included; reset and until are slices; and
     outside the spans are the template's control tokens and no others."""
     tokenizer = tokenizers[name]
-    end, words = simulator.end_token(tokenizer), st.lists(TEXT, min_size=1, max_size=3).map("".join)
+    end, words = template.end_token(tokenizer), st.lists(TEXT, min_size=1, max_size=3).map("".join)
     ids = st.lists(st.integers(0, len(tokenizer) - 1), max_size=6)
     answers = draw.draw(st.lists(st.tuples(ids, st.booleans()), min_size=1, max_size=3))
     dialogue, states, heard = None, [], []
@@ -436,7 +436,7 @@ def test_the_ids_under_the_mask_are_the_sampled_ids_whatever_anybody_says(tokeni
         at = stop
     assert at == len(dialogue.ids) and [m["content"] for m in dialogue.messages[::2]] == heard
     pair = refuel.Pair(dialogue.ids[: dialogue.spans[-1][0]], dialogue.answer(h), [end], (0, 0), h, h)
-    assert logps.pack([pair])[4].tolist() == dialogue.answer(h) + [end]
+    assert logps.pack([logps.pair_row(pair)])[4].tolist() == dialogue.answer(h) + [end]
 
 
 # --- numbers, and more ranks than pairs --------------------------------------------------------------------------
@@ -537,42 +537,42 @@ def test_no_rank_outlives_its_torchrun(tmp_path):
 def test_the_log_grows_by_its_lines_and_loses_none_to_a_full_disk_a_torn_line_or_another_start(cfg):
     path, rows = os.path.join(cfg.out, "metrics.jsonl"), [{"iteration": 1, "phase": "regress", "step": k} for k in range(4)]
     os.makedirs(cfg.out)
-    processes.log(cfg, rows[0])
+    log(cfg, rows[0])
     node = os.stat(path).st_ino
-    processes.log(cfg, rows[1])
+    log(cfg, rows[1])
     assert os.stat(path).st_ino == node and files.read_lines(path) == rows[:2]  # added, not written anew
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(path) + 9, hard))
     try:
         with pytest.raises(BadInput, match="cannot write .*metrics.jsonl"):
-            processes.log(cfg, rows[2])
+            log(cfg, rows[2])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert files.read_lines(path) == rows[:2]
-    processes.log(cfg, rows[2])
-    processes.log(cfg, rows[1])  # the same process goes on from an earlier state
+    log(cfg, rows[2])
+    log(cfg, rows[1])  # the same process goes on from an earlier state
     assert files.read_lines(path) == rows[:2]
-    processes.log(cfg, rows[2])
+    log(cfg, rows[2])
     with open(path, "a") as file:
         file.write('{"iteration": 1, "ph')
-    processes.LOGGED.clear()  # as another process, which goes on from step 1
-    processes.log(cfg, rows[1] | {"again": True})
+    LOGGED.clear()  # as another process, which goes on from step 1
+    log(cfg, rows[1] | {"again": True})
     assert files.read_lines(path) == [rows[0], rows[1] | {"again": True}]
 
 
-def test_a_look_that_finds_no_pair_says_why(base, monkeypatch, capsys):
-    words = f"simulator.py --setting toy --engine transformers --policy {base} --max-dialogue 1 --show 1"
-    monkeypatch.setattr(sys, "argv", words.split())
+def test_a_look_that_finds_no_dialogue_says_why(base, capsys):
+    """No answer fits the engine's context."""
+    flags = f"--setting toy --engine transformers --policy {base} --max-length 17 --num-prompts 32 --show 1"
     with pytest.raises(SystemExit) as stop:
-        simulator.main()
+        simulator.main(flags.split())
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and "no pair is left of 4 prompts: {'" in error and "over --max-dialogue" in error
+    assert stop.value.code == 2 and "no dialogue is left of 1 prompts: {'too long': 1}" in error
 
 
 def test_a_collection_whose_rewards_are_all_equal_says_so(cfg, tmp_path, capsys):
     pairs = [p._replace(rewards=(1.0, 1.0), dialogues=(Dialogue(truncated=[False]),) * 2) for p in random_pairs(3)]
     os.makedirs(cfg.out)
-    refuel.collected(str(tmp_path / "i"), lambda rows, rng, dropped: pairs, list(range(3)), cfg, 1)
+    collected(str(tmp_path / "i"), lambda rows, rng, dropped: pairs, list(range(3)), cfg, 1)
     assert "in no pair do the two rewards differ" in capsys.readouterr().out
 
 
@@ -582,19 +582,18 @@ def test_log_probs_that_are_not_finite_stop_with_their_pair_and_are_not_kept(bas
         model.model.embed_tokens.weight.to_local()[pairs[5].y[0]] = float("nan")
     bad = next(p for p in pairs if pairs[5].y[0] in [*p.prefix, *p.y, *p.y2])
     with pytest.raises(BadInput, match="ln pi is not finite: .*first prompt") as stop:
-        refuel.kept_logps(str(tmp_path / "parts"), model, pairs, cfg)
+        Run(cfg, model, None).compute_logps(pairs, str(tmp_path / "parts"))
     assert str(bad.prefix)[:200] in str(stop.value) and not os.path.exists(tmp_path / "parts")
 
 
 def test_log_probs_of_a_stopped_iteration_are_taken_up_where_they_were_kept(base, cfg, tmp_path, monkeypatch):
     cfg, pairs = replace(cfg, batch_size=4, checkpoint_steps=2), random_pairs(21)
     model, folder = refuel.load_policy(base, cfg), str(tmp_path / "parts")
-    whole, lots = refuel.with_old_logps(model, pairs, cfg), []
-    real = refuel.with_old_logps
-    monkeypatch.setattr(refuel, "with_old_logps", lambda m, lot, c: lots.append(len(lot)) or real(m, lot, c))
-    assert refuel.kept_logps(folder, model, pairs, cfg) == whole and lots == [8, 8, 5]
+    expected, lots, run = logps.old_logps(model, pairs, cfg).tolist(), [], Run(cfg, model, None)
+    monkeypatch.setattr("machinery.run.old_logps", lambda m, lot, c: lots.append(len(lot)) or logps.old_logps(m, lot, c))
+    assert run.compute_logps(pairs, folder) == expected and lots == [8, 8, 5]
     os.remove(os.path.join(folder, "00000016.jsonl"))
-    assert refuel.kept_logps(folder, model, pairs, cfg) == whole and lots == [8, 8, 5, 5]
+    assert run.compute_logps(pairs, folder) == expected and lots == [8, 8, 5, 5]
 
 
 def test_an_evaluation_with_a_reward_that_is_no_number_stops(tokenizers):
@@ -640,7 +639,7 @@ AUTO = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTok
 
 def prepared(path, tmp_path, *more):
     flags = [*SMALL.split(), "--policy", path, "--reference", path, "--out", str(tmp_path / "run"), *more]
-    return processes.prepare(refuel.read_config(flags))
+    return simulator.prepare(refuel.read_config(flags))
 
 
 def test_a_known_model_that_brings_code_is_loaded_without_it(trapped, tmp_path):

@@ -13,6 +13,7 @@ import torch
 import baselines
 from machinery import files
 import refuel
+import simulator
 import toy
 from baselines import METHODS, dpo_loss, rloo_loss
 from refuel import refuel_loss
@@ -130,9 +131,14 @@ def test_the_papers_averages_are_those_of_its_cells():
         assert np.mean(row[:5]) == pytest.approx(row[5], abs=0.011), method
 
 
+def offline(rows):
+    tokenizer, logs = toy.make_tokenizer(), toy.load_logs()
+    return [simulator.replay(tokenizer, logs[row]) for row in range(rows)]
+
+
 def test_offline_logs_are_an_experts_with_a_novices_second_answer():
     """Skewed lengths; the expert seldom asks, the novice half the time, and earns less; only the last answer differs."""
-    logs = toy.offline_dialogues(toy.make_tokenizer(), range(1500))
+    logs = offline(1500)
     turns = Counter(len(d.spans) for d, _ in logs)
     assert abs(turns[1] / 1500 - 0.769) < 0.04 and turns[5] > 3
     expert = [bool(toy.QUESTION.search(m["content"])) for d, _ in logs for m in d.messages[1::2]]
@@ -145,7 +151,7 @@ def test_offline_logs_are_an_experts_with_a_novices_second_answer():
 
 def test_offline_customers_say_again_what_they_have_said_and_change_their_minds():
     """Nothing has to be remembered in the data: a turn that answers no question names every attribute so far."""
-    logs, more, changed = toy.offline_dialogues(toy.make_tokenizer(), range(1500)), [], []
+    logs, more, changed = offline(1500), [], []
     for dialogue, _ in logs:
         for i in range(2, len(dialogue.messages), 2):
             if not toy.QUESTION.search(dialogue.messages[i - 1]["content"]):
@@ -167,6 +173,29 @@ def test_the_base_policys_clerk_hears_and_forgets():
 
 
 # --- the command ------------------------------------------------------------------------------------------------
+
+
+def own_config(flags):
+    cfg, extra = refuel.read_config(["--setting", "toy", *flags.split()], method=dict(default="all"))
+    return baselines.method_config("dpo-lt-online", cfg, extra["given"])
+
+
+def test_a_rows_own_best_values_stand_back_behind_what_was_given_on_the_command_line():
+    assert own_config("").eta == 10.0 and own_config("").snapshot_steps == 32
+    for flags in ("--eta 30", "--eta 31"):  # the setting's own default, given, is given
+        assert own_config(flags).eta == float(flags.split()[1])
+    assert own_config("--snapshot-steps 0").snapshot_steps == 0
+
+
+def test_an_out_that_was_given_is_taken_even_if_it_is_the_settings_own(base, monkeypatch, tmp_path):
+    outs = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(baselines, "run", lambda methods, cfg, given: (outs.append(cfg.out), {}))
+    flags = f"--method refuel --setting toy --engine transformers --policy {base} --reference {base}".split()
+    for more in (["--out", "runs/toy"], []):
+        with pytest.raises(SystemExit):
+            baselines.main(flags + more)
+    assert outs == ["runs/toy", "runs/toy_baselines"]
 
 
 def flags(base, out, method):

@@ -7,25 +7,20 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+from helpers import KEY, ROOT, dialogue, everything_in, last_number, sides
+from machinery import report, users
 import pytest
 import torch
 
-from machinery import data
 from machinery import engines
 import evaluate
 from machinery import files
 from machinery import logps
 from machinery import rewards
 import simulator
-from conftest import ROOT, dialogue
 from evaluate import by_reward, dialogue_logps, length_controlled, win_rate
 from machinery.files import BadInput
 from simulator import Dialogue
-from test_judges import KEY, everything_in, serve, sides  # noqa: F401
-
-
-def last_number(dialogues):
-    return [float(d.messages[-1]["content"].split()[-1]) for d in dialogues]
 
 
 # --- win rates and their intervals ------------------------------------------------------------------------------
@@ -313,7 +308,7 @@ def test_dialogues_of_another_checkpoint_or_configuration_are_never_reused(train
 
 def test_a_judge_that_dies_loses_no_finished_row(trained, base, cfg, tmp_path):
     cfg = replace(cfg, max_turns=2, eval_dialogues=6)
-    speakers = engines.load_engine(base, cfg), simulator.load_user(cfg), rewards.load_reward(cfg)
+    cast = simulator.load_cast(cfg)
     calls = []
 
     def dying(a, b):
@@ -324,7 +319,7 @@ def test_a_judge_that_dies_loses_no_finished_row(trained, base, cfg, tmp_path):
 
     paths = {"first": f"{trained}/iter_2/policy", "second": f"{trained}/iter_10/policy"}
     with pytest.raises(BadInput):
-        evaluate.evaluate(paths, str(tmp_path), *speakers, cfg, judge=dying, kl=False)
+        evaluate.evaluate(paths, str(tmp_path), *cast, cfg, judge=dying, kl=False)
     assert list(files.read_json(tmp_path / "results.json")) == ["base", "first"]
 
 
@@ -337,14 +332,14 @@ def test_a_checkpoint_of_another_kind_gets_its_own_engine_and_no_kl(trained, bas
     config["rope_parameters"] = dict(rope_type="default", rope_theta=10.0)
     files.write_file(os.path.join(odd, "config.json"), json.dumps(config))
     cfg = replace(cfg, max_turns=2, eval_dialogues=6)
-    engine, user, reward = engines.load_engine(base, cfg), simulator.load_user(cfg), rewards.load_reward(cfg)
+    engine, user, reward = simulator.load_cast(cfg)
     results, played = evaluate.evaluate({"odd": odd, "same": base}, str(tmp_path), engine, user, reward, cfg)
     assert "kl" not in results["odd"] and results["same"]["kl"] == 0
     own = engines.load_engine(odd, cfg)
     alone = simulator.rollout(simulator.test_prompts(cfg, own.tokenizer), own, user, [2] * 6)
     assert [d.ids for d in played["odd"]] == [d.ids for d in alone] != [d.ids for d in played["base"]]
     assert [d.ids for d in played["same"]] == [d.ids for d in played["base"]]
-    assert "| odd |" in evaluate.table(results)
+    assert "| odd |" in report.table(results)
 
 
 BAD = [

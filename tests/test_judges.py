@@ -1,19 +1,15 @@
 """A language model as the judge: its prompt, its verdict, and judges that fail, stall and lie."""
 import json
-import os
 import re
-import threading
-import time
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from helpers import DRIP, HUGE, KEY, NULL, dialogue, everything_in, sides
 import pytest
 import torch
 
 import evaluate
 from machinery import judges
 from machinery.ask import Server
-from conftest import dialogue
 from machinery.files import BadInput
 from machinery.judges import LLMJudge, vote
 
@@ -91,77 +87,9 @@ def test_a_tag_that_a_reply_has_seen_is_not_the_tag_of_the_prompt_that_quotes_it
 # --- judges at a URL --------------------------------------------------------------------------------------------
 
 
-class Scripted:
-    """An OpenAI-compatible server: script(prompt, number of the request) -> text, (status, bytes), None to stall, or
-    (status, bytes, seconds) to drip a byte at a time."""
-
-    def __init__(self, script):
-        self.requests = []
-        scripted = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                scripted.requests.append((self.path, dict(self.headers), body))
-                reply = script(body["messages"][0]["content"], len(scripted.requests))
-                if reply is None:
-                    time.sleep(6)  # far above the client's time-out, on a busy machine too
-                    self.close_connection = True
-                    return
-                if isinstance(reply, str):
-                    message = {"model": "another-name", "choices": [{"message": {"content": reply}}]}
-                    reply = 200, json.dumps(message).encode()
-                self.send_response(reply[0])
-                self.send_header("Content-Length", str(len(reply[1])))
-                if 300 <= reply[0] < 400:
-                    self.send_header("Location", reply[1].decode())
-                self.end_headers()
-                try:
-                    if len(reply) == 2:
-                        return self.wfile.write(reply[1])
-                    for byte in reply[1]:
-                        self.wfile.write(bytes([byte]))
-                        time.sleep(reply[2])
-                except OSError:
-                    pass  # a client that has read enough
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads, self.server.block_on_close = True, False
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("no_proxy", "*")
-    servers = []
-
-    def start(script):
-        servers.append(Scripted(script))
-        return servers[-1]
-
-    yield start
-    for s in servers:
-        s.server.shutdown()
-        s.server.server_close()
-
-
-KEY = "sk-never-to-be-seen-0123456789"
-
-
 def judge_at(server, folder, **options):
     options = dict(timeout=0.4, tries=3, pause=0.01, threads=4) | options
     return LLMJudge(Server(server.url, "judge-1", **options), "judge-1", str(folder))
-
-
-def sides(prompt):
-    return re.findall(r"(?s)Dialogue [AB]:\n<quote \w+>\n(.*?)\n</quote \w+>", prompt)
 
 
 def fair(prompt, _=0):
@@ -172,11 +100,6 @@ def fair(prompt, _=0):
 
 A = [dialogue("good good"), dialogue("good"), dialogue("bad x"), dialogue("good y")]
 B = [dialogue("good"), dialogue("good"), dialogue("good"), dialogue("good z")]
-
-
-def everything_in(folder):
-    paths = (os.path.join(where, name) for where, _, names in os.walk(folder) for name in names)
-    return "".join(open(path, errors="replace").read() for path in paths)
 
 
 def test_an_llm_judge_asks_in_both_orders_and_a_flip_is_a_tie(serve, tmp_path):
@@ -242,9 +165,6 @@ def test_a_judge_that_fails_now_and_then_is_asked_again(serve, tmp_path):
     assert len(server.requests) == 11
 
 
-HUGE = (200, b'{"choices": [{"message": {"content": "' + b"x" * 10_000_000 + b'"}}]}')
-NULL = (200, b'{"choices": [{"message": {"content": null}}]}')
-DRIP = (200, b'{"choices": [{"message": {"content": "Preferred: A"}}]}', 0.05)
 DEAD = {"HTTP 500": (500, KEY.encode()), "HTTP 429": (429, b"{}"), "JSONDecodeError": (200, b"{" + KEY.encode()),
         "more than 1 MB": HUGE, "without text": NULL, "RecursionError": (200, b"[" * 500_000),
         "TypeError": (200, b"[1]"), "TimeoutError": None, "takes too long": DRIP}  # fmt: skip

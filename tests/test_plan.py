@@ -4,10 +4,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import simulator
 import pytest
 import torch
 
-from machinery import data
 from machinery import engines
 from machinery import logps
 from machinery import plan

@@ -6,12 +6,12 @@ import os
 import re
 import shlex
 
+from helpers import ROOT
 import pytest
 
 import baselines
 from machinery import plan
 import refuel
-from conftest import ROOT
 
 README = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
 BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)) + "\n"

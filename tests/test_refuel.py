@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+from helpers import ROOT, Talker, broken_checkpoint, length_reward, peak_bytes, random_pairs, remove, row_logps, run_folder, with_logps
 import pytest
 import torch
 
@@ -17,11 +18,8 @@ from machinery import fsdp
 from machinery import logps
 import refuel
 import toy
-from bench import peak_bytes
-from conftest import ROOT, random_pairs
 from refuel import collect, pair_logps, refuel_loss, regress, sample_resets
 from simulator import Dialogue
-from test_packing import row_logps
 
 # --- Eq. 1 and the law of the resets ----------------------------------------------------------------------------
 
@@ -165,24 +163,6 @@ def test_with_frozen_layers_two_ranks_equal_one_and_pi_0_is_the_base(on_ranks, m
 # --- collect and regress ----------------------------------------------------------------------------------------
 
 
-class Talker:
-    """A policy of few words, all of them written down: which state it saw, and by which stream."""
-
-    def __init__(self):
-        self.tokenizer = toy.make_tokenizer()
-
-    def answer(self, dialogues):
-        words = ["wool", "silk", "hat", "coat"]
-        return [([self.tokenizer.convert_tokens_to_ids(words[d.seed("policy") % 4]), 2], False, -1.0) for d in dialogues]
-
-    def reply(self, dialogues):
-        return [("not sure", "go on")[d.seed("user") % 2] for d in dialogues]
-
-
-def length_reward(dialogues):
-    return [float(len(d.ids)) + sum(d.ids) / 1000 for d in dialogues]
-
-
 def test_a_pair_is_one_prefix_and_two_independent_futures(cfg):
     talker = Talker()
     prompts = [Dialogue.start(talker.tokenizer, "go on") for _ in range(400)]
@@ -236,7 +216,7 @@ def test_an_optimiser_made_after_a_forward_without_backward_trains_the_same_weig
     pairs, trained = random_pairs(16), []
     for first in (True, False):
         model = refuel.load_policy(base, cfg)
-        old = refuel.with_old_logps(model if first else refuel.load_policy(base, cfg), pairs, cfg)
+        old = with_logps(model if first else refuel.load_policy(base, cfg), pairs, cfg)
         regress(model, refuel.make_optimizer(model, cfg), old, replace(cfg, lr=1e-3))
         trained.append({name: w.clone() for name, w in fsdp.full_weights(model)})
     assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
@@ -269,7 +249,7 @@ def test_a_stopped_training_goes_on_bit_for_bit(base, cfg, tmp_path):
         model = refuel.load_policy(base, cfg)
         return model, refuel.make_optimizer(model, cfg)
 
-    old = refuel.with_old_logps(fresh()[0], pairs, cfg)
+    old = with_logps(fresh()[0], pairs, cfg)
     whole, half = train(None, 0, *fresh()), train(1, 0, *fresh())
     model, optimizer = fresh()
     assert fsdp.load_training(str(tmp_path), model, optimizer) == 2
@@ -294,23 +274,6 @@ def test_a_policy_folder_gives_back_the_weights_that_were_saved(base, cfg, tmp_p
 # --- stop and go ------------------------------------------------------------------------------------------------
 
 
-def run_folder(path):
-    """What a run leaves behind, as comparable values: everything but seconds, tokens, speeds and the command line."""
-    found = {}
-    for folder, _, names in os.walk(path):
-        for name in names:
-            file = os.path.join(folder, name)
-            key = os.path.relpath(file, path)
-            if name == "metrics.jsonl":
-                rows = files.read_lines(file)
-                found[key] = [{k: v for k, v in r.items() if k not in ("seconds", "tokens", "tokens_per_second")} for r in rows]
-            elif name == "results.json":
-                found[key] = {n: {k: v for k, v in r.items() if k != "command"} for n, r in files.read_json(file).items()}
-            elif name not in ("config.json", "win_rate.png"):
-                found[key] = open(file, "rb").read()
-    return found
-
-
 def test_killed_around_every_write_a_run_ends_with_the_same_files(base, tmp_path):
     flags = f"--setting toy --policy {base} --reference {base} --engine transformers --num-prompts 24 --batch-size 8"
     flags += " --wave 24 --iterations 2 --eval-dialogues 4 --checkpoint-steps 2 --lr 1e-3"
@@ -328,22 +291,6 @@ def test_killed_around_every_write_a_run_ends_with_the_same_files(base, tmp_path
 
 
 # --- bad input --------------------------------------------------------------------------------------------------
-
-
-def broken_checkpoint(base, path, change):
-    import shutil
-
-    shutil.copytree(base, path)
-    change(path)
-    return str(path)
-
-
-def remove(*names):
-    def change(path):
-        for name in names:
-            os.remove(os.path.join(path, name))
-
-    return change
 
 
 BAD = [  # flags, and a word of the one line

@@ -7,13 +7,14 @@ import sys
 import time
 from dataclasses import replace
 
+from helpers import ROOT, make_asker
+from machinery import users
 import pytest
 
 from machinery import files
 from machinery import serve
 import served
 import simulator
-from conftest import ROOT, make_asker
 from machinery.files import BadInput
 from simulator import Dialogue
 
@@ -108,7 +109,7 @@ def test_vllm_plays_the_user_and_its_death_stops_the_run_in_one_line(cfg, tmp_pa
     pytest.importorskip("vllm")
     serve.start.cache_clear()
     cfg = replace(cfg, user=f"serve:{make_asker(tmp_path / 'asker')}", user_tokens=16)
-    user = simulator.load_user(cfg)
+    user = users.load_user(cfg)
     d = Dialogue.start(tokenizers["toy"], "something red please").add_answer(tokenizers["toy"], [2])
     assert user.reply([d, d]) == ["go on", "go on"] and user.ask.model == "user"
     children = subprocess.run(["ps", "-o", "pid=", "-g", str(watchdogs[0].pid)], capture_output=True, text=True).stdout

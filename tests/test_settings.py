@@ -4,97 +4,24 @@ import os
 from collections import Counter
 from dataclasses import replace
 
+from helpers import Scripted, collected, hh, llama_config, ultra
+from machinery import template, users
+import numpy as np
 import pytest
 import torch
 
 from machinery import data
 from machinery import engines
-import evaluate
 from machinery import files
 import refuel
 from machinery import rewards
 import simulator
-from conftest import LLAMA3
 from machinery.files import BadInput
-from simulator import DataUser, Dialogue, LLMUser, next_question, rollout
-from test_judges import Scripted
+from machinery.users import DataUser, LLMUser, next_question
+from simulator import Dialogue, rollout
 
-NAMES = {128000: "<|begin_of_text|>", 128001: "<|end_of_text|>", 128006: "<|start_header_id|>",
-         128007: "<|end_header_id|>", 128009: "<|eot_id|>", 128256: "[PAD]"}  # fmt: skip
-# Llama 3's: unlike GPT-2's it keeps the line breaks in front of a word in one piece
-WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-         r"|\s+(?!\S)|\s+")  # fmt: skip
+
 PATTERN = [128009, 128006, 78191, 128007, 271]
-
-
-@pytest.fixture(scope="module")
-def llama3():
-    """A tokenizer with Llama 3's template, its special tokens, "assistant" and two line breaks at their places, its BOS trap."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {letter: i for i, letter in enumerate(letters)}
-    merges, word = [("Ċ", "Ċ")], "a"
-    vocab["ĊĊ"] = 271
-    for i, letter in enumerate("ssistant"):
-        merges.append((word, letter))
-        word += letter
-        vocab[word] = 78191 if word == "assistant" else 300 + i
-    vocab |= {f"<unused {i}>": i for i in set(range(128000)) - set(vocab.values())}
-    core = Tokenizer(models.BPE(vocab, merges))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(WORDS), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]), decoders.ByteLevel()  # fmt: skip
-    core.add_special_tokens([AddedToken(NAMES.get(i, f"<|reserved_special_token_{i}|>"), special=True, normalized=False)
-                             for i in range(128000, 128257)])  # fmt: skip
-    core.post_processor = processors.TemplateProcessing(single="<|begin_of_text|> $A",
-                                                        special_tokens=[("<|begin_of_text|>", 128000)])  # fmt: skip
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>",
-                                   chat_template=LLAMA3)  # fmt: skip
-
-
-def llama_config(layers=2):
-    from transformers import LlamaConfig
-
-    return LlamaConfig(vocab_size=128257, hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_labels=1,
-                       num_attention_heads=2, max_position_embeddings=8192, initializer_range=0.3)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def armo(llama3, tmp_path_factory):
-    """A checkpoint of ArmoRM's shape: a Llama body, the head's tensors, a config that asks for remote code."""
-    from safetensors.torch import save_file
-    from transformers import LlamaModel
-
-    path = tmp_path_factory.mktemp("armo")
-    torch.manual_seed(0)
-    body = LlamaModel(llama_config())
-    state = {f"model.{k}": v.contiguous() for k, v in body.state_dict().items()}
-    sizes = [16, 12, 12, 12, 19]
-    for i in range(4):
-        state[f"gating.layers.{i}.weight"] = torch.randn(sizes[i + 1], sizes[i])
-        state[f"gating.layers.{i}.bias"] = torch.randn(sizes[i + 1])
-    state |= {"regression_layer.weight": torch.randn(19, 16), "reward_transform_matrix": torch.randn(19, 19),
-              "gating.logit_scale": torch.tensor([1.3])}  # fmt: skip
-    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
-    config = llama_config().to_dict() | {"architectures": ["LlamaForRewardModelWithGating"], "gating_temperature": 10,
-                                         "auto_map": {"AutoModelForSequenceClassification": "modeling_custom.Gating"}}  # fmt: skip
-    (path / "config.json").write_text(json.dumps(config))
-    (path / "modeling_custom.py").write_text("raise SystemError('remote code was run')")
-    llama3.save_pretrained(path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def fsfairx(llama3, tmp_path_factory):
-    from transformers import LlamaForSequenceClassification
-
-    path = str(tmp_path_factory.mktemp("fsfairx"))
-    torch.manual_seed(1)
-    LlamaForSequenceClassification(llama_config()).save_pretrained(path)
-    llama3.save_pretrained(path)
-    return path
 
 
 def dialogue(*texts):
@@ -247,7 +174,7 @@ def test_the_turn_is_what_stands_behind_the_last_mark(reply, question):
 
 
 def test_the_prompt_is_appendix_c2_with_the_whole_dialogue():
-    text = simulator.user_prompt(dialogue("hi {dialogue}", "hello", "bye", "so long").messages)
+    text = users.user_prompt(dialogue("hi {dialogue}", "hello", "bye", "so long").messages)
     assert text.startswith("Below is a dialogue between the user and the assistant. Pretend you are the user")
     assert "### user: hi {dialogue}\n\n### assistant: hello\n\n### user: bye\n\n### assistant: so long\n\n### Instr" in text
     assert text.endswith("Justification: <one-sentence justification>\nQuestion: <question to ask next>")
@@ -282,19 +209,19 @@ def test_a_dialogue_without_a_user_is_dropped_and_too_many_stop_the_run(base, cf
     prompts = [Dialogue.start(policy.tokenizer, f"something {w} please", stream=(w,)) for w in ("red", "blue")]
     user = LLMUser(Script(lambda prompt, n: "" if "red" in prompt else "Question: go on"), 99, 1.0)
     assert [d.failed for d in rollout(prompts, policy, user, [2, 2])] == ["user", None]
-    simulator.check_failures(1, 20, cfg)
+    users.check_failures(1, 20, cfg)
     with pytest.raises(BadInput, match="failed in 2 of 20"):
-        simulator.check_failures(2, 20, cfg)
+        users.check_failures(2, 20, cfg)
     collect = lambda rows, rng, dropped: dropped.update(user=3) or []  # noqa: E731
     with pytest.raises(BadInput, match="failed in 3 of 2"):
-        refuel.collected(str(tmp_path / "iter_1"), collect, prompts, cfg, 1)
+        collected(str(tmp_path / "iter_1"), collect, prompts, cfg, 1)
 
 
 def test_a_user_at_a_url_is_sent_one_message_with_its_temperature_and_seed(cfg, tokenizers, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     server = Scripted(lambda prompt, n: "Justification: x\nQuestion: go on" if n > 1 else "no idea")
     cfg = replace(cfg, user=server.url, user_model="llama", user_temperature=0.7, user_tokens=33)
-    assert simulator.load_user(cfg).reply(two_talks(tokenizers["toy"])) == ["go on"] * 2
+    assert users.load_user(cfg).reply(two_talks(tokenizers["toy"])) == ["go on"] * 2
     bodies = [body for _, _, body in server.requests]
     assert len(bodies) == 3 and len({body["seed"] for body in bodies}) == 3
     assert all(len(body["messages"]) == 1 for body in bodies)
@@ -302,15 +229,15 @@ def test_a_user_at_a_url_is_sent_one_message_with_its_temperature_and_seed(cfg, 
     server.server.shutdown()
     server.server.server_close()
     with pytest.raises(BadInput, match="--user-model"):
-        simulator.load_user(replace(cfg, user_model=""))
+        users.load_user(replace(cfg, user_model=""))
 
 
 def test_a_question_that_was_cut_is_none(cfg, tokenizers, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     cut = json.dumps({"choices": [{"message": {"content": "Question: is it"}, "finish_reason": "length"}]}).encode()
     server = Scripted(lambda *_: (200, cut))
-    user = simulator.load_user(replace(cfg, user=server.url, user_model="m"))
-    assert user.reply(two_talks(tokenizers["toy"])) == [None, None] and len(server.requests) == 2 * simulator.USER_TRIES
+    user = users.load_user(replace(cfg, user=server.url, user_model="m"))
+    assert user.reply(two_talks(tokenizers["toy"])) == [None, None] and len(server.requests) == 2 * users.USER_TRIES
     server.server.shutdown()
     server.server.server_close()
 
@@ -320,13 +247,13 @@ def test_a_checkpoint_plays_the_user_through_its_own_chat_template(llama3, cfg, 
 
     LlamaForCausalLM(llama_config(1)).save_pretrained(tmp_path)
     llama3.save_pretrained(tmp_path)
-    user = simulator.load_user(replace(cfg, user=str(tmp_path), user_tokens=4))
+    user = users.load_user(replace(cfg, user=str(tmp_path), user_tokens=4))
     seen = []
     user.ask.engine.generate = lambda ids, seeds, limits: seen.extend(map(list, ids)) or [
         (llama3.encode("Question: go on", add_special_tokens=False) + [128009], False, 0.0) for _ in ids]  # fmt: skip
     talks = two_talks(tokenizers["toy"])
     assert user.reply(talks) == ["go on"] * 2
-    message = [{"role": "user", "content": simulator.user_prompt(talks[0].messages)}]
+    message = [{"role": "user", "content": users.user_prompt(talks[0].messages)}]
     assert seen[0] == llama3.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
 
 
@@ -342,17 +269,11 @@ def test_the_data_asks_its_own_questions_and_no_more(tokenizers):
 # --- the data ----------------------------------------------------------------------------------------------------
 
 
-def ultra(first, *more, chosen="good", rejected="bad"):
-    """A row of UltraInteract_pair: first question, then answers and questions in turn."""
-    said = [{"from": ("user", "assistant")[i % 2], "value": t} for i, t in enumerate((first, *more))]
-    return {"task": "t", "trajectory": said, "chosen": chosen, "rejected": rejected, "id": first}
-
-
 @pytest.fixture
 def place(llama3, tmp_path, cfg):
     """A function that writes rows as a data set and returns the configuration that reads it."""
     llama3.save_pretrained(tmp_path / "tokenizer")
-    tokenizer = simulator.load_tokenizer(str(tmp_path / "tokenizer"))
+    tokenizer = template.load_tokenizer(str(tmp_path / "tokenizer"))
 
     def write(rows, name="data.jsonl", user="http://localhost/v1", **more):
         path = tmp_path / name
@@ -377,7 +298,7 @@ BROKEN = [ultra("x", "y"), ultra(" "), ultra("x", chosen=""), ultra("x" * 300),
 @pytest.mark.parametrize("name", ["data.jsonl", "data.parquet", "saved"])
 def test_ultrainteract_is_grouped_by_first_prompt_and_what_is_dropped_is_counted(name, place, capsys):
     cfg, tokenizer = place(GOOD + BROKEN, name)
-    found = data.load_data(*data.data_key(cfg, tokenizer))
+    found = data.load_data(cfg, tokenizer)
     train, test = ({p.text for p in split} for split in (found.train, found.test))
     assert len(train) == len(found.train) == 10 and len(test) == 2 and not train & test
     assert {log.questions[0] for log in found.logs} - {"x" * 300} == train
@@ -385,9 +306,9 @@ def test_ultrainteract_is_grouped_by_first_prompt_and_what_is_dropped_is_counted
                             "malformed": 1}  # fmt: skip
     assert "duplicate" in capsys.readouterr().out
     reverse, _ = place([*BROKEN, *GOOD][::-1], f"reverse_{name}")
-    assert {p.text for p in data.load_split(reverse, "test", tokenizer)} == test
+    assert {p.text for p in simulator.first_prompts(reverse, "test", tokenizer)} == test
     short = replace(cfg, max_dialogue=23)  # other lengths, "question 10" is too long: who is held out stays held out
-    fewer = data.load_data(*data.data_key(short, tokenizer))
+    fewer = data.load_data(short, tokenizer)
     assert fewer.dropped["prompt too long"] > 1 and not {p.text for p in fewer.train} & test
 
 
@@ -404,24 +325,19 @@ def test_prompts_are_drawn_from_the_split_and_offline_dialogues_have_canonical_i
         simulator.test_prompts(replace(cfg, eval_dialogues=3), tokenizer)
 
 
-def hh(*texts, last="worse"):
-    text = lambda ts: "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {t}" for i, t in enumerate(ts))  # noqa: E731
-    return {"chosen": text(texts), "rejected": text([*texts[:-1], last])}
-
-
 def test_hh_is_read_as_text_or_messages_with_setting_twos_caps(place):
     rows = [hh(f"q {i}", "a", "then?", "b") for i in range(16)]
     bad = [hh("x" * 200, "a"), hh("q", "a" * 600), hh("q", "a", "x"), hh(*"abcdefgh" * 2), hh("q", "", "r", "b")]
     cfg, tokenizer = place(rows + bad, user="dataset")
-    found = data.load_data(*data.data_key(cfg, tokenizer))
+    found = data.load_data(cfg, tokenizer)
     assert all(p.secret == ["then?"] for p in found.train + found.test) and len(found.train + found.test) == 16
     assert found.dropped == {"question too long": 1, "answer too long": 1, "roles do not alternate": 1,
                             "more than 5 turns": 1, "an empty turn": 1}  # fmt: skip
     listed = [{k: [{"role": r, "content": t} for r, t in data.turns_of(v)] for k, v in row.items()} for row in rows]
     other, _ = place(listed, "listed.jsonl", user="dataset")
-    assert data.load_split(other, "train", tokenizer) == found.train
+    assert simulator.first_prompts(other, "train", tokenizer) == found.train
     prompts = simulator.train_prompts(replace(cfg, num_prompts=2), tokenizer, 1)
-    _, h, H = refuel.from_the_start(prompts, cfg, refuel.np.random.default_rng(0))
+    _, h, H = refuel.from_the_start(prompts, cfg, np.random.default_rng(0))
     assert H.tolist() == [2, 2] and (1 <= h).all() and (h <= 2).all()
 
 
@@ -435,7 +351,7 @@ def test_a_file_that_cannot_serve_is_one_line(content, word, place, tmp_path):
     cfg, tokenizer = place([])
     (tmp_path / "bad.jsonl").write_text(content)
     with pytest.raises(BadInput, match=word) as stop:
-        data.load_split(replace(cfg, dataset=str(tmp_path / "bad.jsonl")), "train", tokenizer)
+        simulator.first_prompts(replace(cfg, dataset=str(tmp_path / "bad.jsonl")), "train", tokenizer)
     assert "\n" not in str(stop.value)
 
 
@@ -447,7 +363,7 @@ def test_a_file_that_cannot_serve_is_one_line(content, word, place, tmp_path):
 def test_bad_users_and_limits_are_named_before_anything_is_loaded(flags, word):
     with pytest.raises(BadInput) as stop:
         cfg = refuel.read_config(["--setting", "toy", *flags.split()])
-        simulator.check_user(cfg)
+        simulator.check_cast(cfg)
     assert word in str(stop.value)
 
 

@@ -1,15 +1,16 @@
 """The dialogue's spans and resets, the roll-out, the toy's user, and files that are whole or not there."""
 import os
 
+from machinery import ranks, template
 import pytest
 
-from machinery import data
 from machinery import files
 import refuel
 import simulator
 import toy
 from machinery.files import BadInput
-from simulator import Dialogue, Prompt, rollout
+from machinery.data import Prompt
+from simulator import Dialogue, rollout
 
 NAMES = ["toy", "chatml", "llama3"]
 WORDS = {"toy": ("something red please", "try the small red wool hat . which size ?", "small again")}
@@ -43,7 +44,7 @@ def test_the_spans_hold_exactly_the_sampled_tokens(tokenizers, name):
     """Bugs by name: shifted mask, user tokens in the loss."""
     d, ids, _ = talk(tokenizers[name], name)
     assert [d.answer(1), d.answer(2)] == [ids, ids]
-    header = simulator.encode(tokenizers[name], simulator.template_pieces(tokenizers[name])[1])
+    header = template.encode(tokenizers[name], template.template_pieces(tokenizers[name])[1])
     for start, _ in d.spans:
         assert d.ids[start - len(header) : start] == header
     assert len(d.ids) == d.spans[1][1]
@@ -53,13 +54,13 @@ def test_the_spans_hold_exactly_the_sampled_tokens(tokenizers, name):
 def test_the_end_token_is_inside_the_mask_when_it_was_sampled(tokenizers, name):
     """Bug by name: end token outside the mask."""
     d, _, _ = talk(tokenizers[name], name)
-    assert d.answer(1)[-1] == simulator.end_token(tokenizers[name]) == tokenizers[name].eos_token_id
+    assert d.answer(1)[-1] == template.end_token(tokenizers[name]) == tokenizers[name].eos_token_id
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_cut_answers_missing_end_token_is_context_and_not_mask(tokenizers, name):
     d, ids, _ = talk(tokenizers[name], name, end=False)
-    end = simulator.end_token(tokenizers[name])
+    end = template.end_token(tokenizers[name])
     assert d.answer(1) == ids and end not in ids and d.ids[d.spans[0][1]] == end and d.truncated == [True, True]
     whole, _, _ = talk(tokenizers[name], name)
     assert d.ids[: d.spans[1][0]] == whole.ids[: whole.spans[1][0]]  # the context is the same either way

@@ -4,6 +4,9 @@ import os
 from dataclasses import replace
 
 import numpy as np
+from helpers import Talker, dialogue, hh, last_number, llama_config, random_pairs, row_logps, run_folder, ultra, with_logps
+from machinery import report
+from machinery.run import Run, check_folder, open_folder
 import pytest
 import torch
 
@@ -17,12 +20,7 @@ from machinery import ranks
 import refuel
 from machinery import rewards
 import simulator
-from conftest import dialogue, random_pairs
 from simulator import Dialogue
-from test_evaluate import last_number
-from test_packing import row_logps
-from test_refuel import Talker, run_folder
-from test_settings import armo, fsfairx, hh, llama3, llama_config, ultra  # noqa: F401
 
 # --- Eq. 11 ------------------------------------------------------------------------------------------------------
 
@@ -65,7 +63,7 @@ def test_pi_0_and_pi_t_are_those_of_two_models_loaded_apart(base, cfg, tmp_path,
     path = str(tmp_path / "policy")
     model, pi_0, optimizer, cfg = trained(base, cfg, path, activation_checkpointing=checkpointing)
     pairs = random_pairs(9, seed=1)
-    ours = lambda: torch.tensor([p.logps for p in refuel.with_old_logps(model, pairs, cfg)]).T  # noqa: E731
+    ours = lambda: torch.tensor([p.logps for p in with_logps(model, pairs, cfg)]).T  # noqa: E731
     with fsdp.exchanged(model, pi_0):
         first = ours()
     last = ours()
@@ -97,7 +95,7 @@ def updates(base, cfg, tmp_path):
 
     def run(name, stop=None):
         own = replace(cfg, out=str(tmp_path / name))
-        processes.open_run(own)
+        open_folder(own)
         speakers[0].update(files.read_weights(base))
         refuel.train(own, speakers)
         return own.out
@@ -110,8 +108,8 @@ def test_updates_are_one_training_as_written_down_once_more_with_plain_torch(bas
     from transformers import LlamaForCausalLM
 
     run, cfg = updates
-    seen, remember = [], refuel.remembered_logps
-    monkeypatch.setattr(refuel, "remembered_logps", lambda *a: seen.append(remember(*a)) or seen[-1])
+    seen, remember = [], Run.with_logps
+    monkeypatch.setattr(Run, "with_logps", lambda *a: seen.append(remember(*a)) or seen[-1])
     out = run("run")
     learning = model.model.layers[-1].parameters()
     optimizer = torch.optim.AdamW(learning, betas=(0.9, 0.95), eps=1e-8 / 4, weight_decay=cfg.weight_decay)
@@ -164,11 +162,11 @@ def test_the_folder_stays_small_and_a_stopped_run_goes_on_exactly(updates, monke
 
 
 def test_a_state_of_other_ranks_is_refused_before_anything_is_loaded(cfg):
-    processes.open_run(cfg)
+    open_folder(cfg)
     os.makedirs(os.path.join(cfg.out, "training"))
     files.write_file(os.path.join(cfg.out, "training", "step.json"), json.dumps({"step": 2, "ranks": 8}))
     with pytest.raises(files.BadInput, match="by 8 processes"):
-        processes.prepare(cfg)
+        check_folder(simulator.prepare(cfg))
 
 
 def test_a_pass_shows_every_prompt_before_any_comes_again(cfg):
@@ -193,10 +191,10 @@ def test_lt_online_too_has_as_many_turns_as_the_data_has_questions(cfg):
 def test_dialogues_of_many_lengths_are_judged_as_wholes():
     a = [dialogue("9", "a long answer 5"), dialogue("2"), dialogue("1", "1", "7")]
     b = [dialogue("0", "9"), dialogue("2"), dialogue("1", "1", "6")]
-    row = evaluate.summary(a, b, evaluate.by_reward(last_number), last_number, whole=True)
+    row = evaluate.summary(a, b, evaluate.by_reward(last_number), last_number, at_end=True)
     assert row["win"] == [50.0] and row["avg"] == 50.0 and row["reward"] == [pytest.approx(14 / 3, abs=1e-4)]
     assert row["length"] == [pytest.approx(np.mean([5 / 2, 1, 1]), abs=1e-4)]
-    assert evaluate.table({"base": row}).splitlines()[0] == "| win rate, % | whole dialogue | average |"
+    assert report.table({"base": row}).splitlines()[0] == "| win rate, % | whole dialogue | average |"
 
 
 def test_log_probs_of_dialogues_of_many_lengths_are_those_of_each_alone(model):

@@ -8,13 +8,13 @@ sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.p
 from dataclasses import replace
 from functools import partial
 
+from helpers import collected, random_pairs, with_logps
+import simulator
 from machinery import ranks  # first: it sets what torch reads when it is imported
 
-from machinery import data
 from machinery import fsdp
 import refuel
 import torch
-from conftest import random_pairs
 from machinery.ranks import rank, world
 from machinery.logps import pair_logps
 
@@ -41,7 +41,7 @@ def results(base, cfg):
     pi_0 = {name: p.clone() for name, p in fsdp.learned_weights(model).items()}
     refuel.regress(model, refuel.make_optimizer(model, last), random_pairs(19), last)
     with fsdp.exchanged(model, pi_0):
-        found["pi_0"] = torch.tensor([p.logps for p in refuel.with_old_logps(model, random_pairs(9), last)]).T
+        found["pi_0"] = torch.tensor([p.logps for p in with_logps(model, random_pairs(9), last)]).T
     for name, whole in fsdp.full_weights(model):
         found[f"last/{name}"] = whole.clone()
     return {name: tensor.clone().contiguous() for name, tensor in found.items()}
@@ -58,7 +58,7 @@ if __name__ == "__main__":
     found = results(base, cfg)
     policy, user, reward = simulator.load_cast(cfg)
     collect = partial(refuel.collect, policy=policy, user=user, reward=reward, cfg=cfg)
-    refuel.collected(os.path.join(out, f"ranks_{world()}"), collect, simulator.train_prompts(cfg, policy.tokenizer, 1), cfg, 1)
+    collected(os.path.join(out, f"ranks_{world()}"), collect, simulator.train_prompts(cfg, policy.tokenizer, 1), cfg, 1)
     if rank() == 0:
         save_file(found, os.path.join(out, f"ranks_{world()}.safetensors"))
     ranks.barrier()

@@ -1,11 +1,11 @@
 """Log-probs of pairs in one row, against references that share no code with them."""
 from collections import Counter
 
+from helpers import plain_logits, random_pairs, row_logps
 import pytest
 import torch
 
 from machinery import logps
-from conftest import random_pairs
 from machinery.logps import micro_batches, pair_logps
 from refuel import Pair
 
@@ -13,14 +13,6 @@ from refuel import Pair
 @pytest.fixture
 def model(model):
     return logps.attend_in_pairs(model)
-
-
-def plain_logits(model, ids):
-    """(T, V), with transformers' own attention."""
-    model.set_attn_implementation("eager")
-    logits_TV = model(torch.tensor([ids])).logits[0]
-    logps.attend_in_pairs(model)
-    return logits_TV
 
 
 def slow_logps(model, pairs, temperature):
@@ -32,17 +24,6 @@ def slow_logps(model, pairs, temperature):
                 logits_V = plain_logits(model, pair.prefix + response[:t])[-1]
                 logp_2B[row, b] += torch.log_softmax(logits_V / temperature, -1)[token]
     return logp_2B
-
-
-def row_logps(model, pairs, temperature):
-    """Each response in a row of its own, unpadded, full logits, autograd's own log_softmax."""
-    rows = []
-    for response in (lambda p: p.y), (lambda p: p.y2):
-        for p in pairs:
-            ids = p.prefix + response(p)
-            logp_TV = torch.log_softmax(plain_logits(model, ids)[:-1] / temperature, -1)
-            rows.append(logp_TV.gather(1, torch.tensor(ids)[1:, None])[len(p.prefix) - 1 :].sum())
-    return torch.stack(rows).view(2, -1)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
@@ -101,7 +82,7 @@ def test_a_model_with_another_attention_is_refused(model):
 def test_only_sampled_tokens_are_in_the_loss(model):
     """Bug by name: user tokens in the loss. Another prefix's tokens are conditioned on, never scored."""
     pair = random_pairs(1)[0]
-    _, _, _, where, target, owner = logps.pack([pair])
+    _, _, _, where, target, _, owner = logps.pack([logps.pair_row(pair)])
     assert target.tolist() == pair.y + pair.y2 and owner.tolist() == [0] * len(pair.y) + [1] * len(pair.y2)
     assert where.min() == len(pair.prefix) - 1
 
@@ -136,13 +117,13 @@ def test_micro_batches_keep_to_the_budget_and_every_rank_has_as_many(monkeypatch
     pairs = random_pairs(23)
     seen, counts = Counter(), set()
     for r in range(4):
-        monkeypatch.setattr(packing, "world", lambda: 4)
-        monkeypatch.setattr(packing, "rank", lambda r=r: r)
+        monkeypatch.setattr(logps, "world", lambda: 4)
+        monkeypatch.setattr(logps, "rank", lambda r=r: r)
         micros = micro_batches(pairs, 100)
         counts.add(len(micros))
         for micro, share in micros:
-            assert share in (0, len(micro) / 23)
-            assert logps.pack(micro)[0].numel() <= 100 or len(micro) == 1
+            assert share in (0, 4 * len(micro) / 23)  # FSDP takes the mean over the four
+            assert logps.pack([logps.pair_row(p) for p in micro])[0].numel() <= 100 or len(micro) == 1
             seen.update({id(p): 1 for p in micro if share})
     assert len(counts) == 1 and len(seen) == 23 and set(seen.values()) == {1}
 
