@@ -27,7 +27,7 @@ from machinery import files
 from machinery.files import BadInput, iteration_folder, policy_folder
 from machinery.ranks import barrier, one_line, rank, start_processes, world
 from machinery.report import markdown, methods_figure, methods_table
-from machinery.run import check_folder, open_folder
+from machinery.run import open_folder
 from machinery.settings import read_config
 from refuel import from_the_start, refuel_loss
 from simulator import load_cast, offline_prompts, prepare, train_prompts
@@ -285,12 +285,9 @@ def main(argv=None):
             cfg = replace(cfg, out=os.path.join("runs", f"{cfg.setting}_baselines"))
         start_processes()
         cfg = prepare(cfg)
-        check_folder(cfg)
         open_folder(cfg)
         for method in methods:
-            own = method_config(method, cfg, given)
-            check_folder(own)
-            open_folder(own)
+            open_folder(method_config(method, cfg, given))
         _, failed = run(methods, cfg, given)
         for method, error in failed.items():
             print(f"baselines.py: {method}: {error}", file=sys.stderr)

@@ -35,7 +35,7 @@ from machinery.fsdp import full_weights, gradient_norm, load_policy
 from machinery.logps import batches, micro_batches, old_logps, pair_length, pair_logps
 from machinery.meter import Meter, as_tensors, check_finite
 from machinery.ranks import barrier, one_line, rank, start_processes
-from machinery.run import Run, check_folder, log_data, open_folder, progress
+from machinery.run import Run, log_data, open_folder, progress
 from machinery.settings import SETTINGS, Config, read_config  # noqa: F401
 from simulator import Dialogue, data_counts, futures, load_cast, longest, prepare, train_prompts
 
@@ -243,7 +243,6 @@ def main(argv=None):
             return plan.show(cfg, extra)
         start_processes()
         cfg = prepare(cfg)
-        check_folder(cfg)
         open_folder(cfg)
         if rank() == 0:
             for name, value in asdict(cfg).items():

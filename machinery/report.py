@@ -4,7 +4,7 @@ A row of results is evaluate.py's, {name: {"win": [h = 1..H], "low", "high", "av
 """
 import numpy as np
 
-from machinery.files import writing
+from machinery import files
 
 # ---------------------------------------------------------------------------------------------------------------
 # Tables
@@ -96,7 +96,7 @@ def panels(number, width, height):
 def save(figure, path):
     import matplotlib.pyplot as plt
 
-    with writing(path) as partial:
+    with files.writing(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
     plt.close(figure)
 

@@ -44,7 +44,8 @@ def check_folder(cfg):
 
 
 def open_folder(cfg):
-    """Write config.json, which makes --out this run's."""
+    """Make --out this run's by its config.json."""
+    check_folder(cfg)
     path = os.path.join(cfg.out, "config.json")
     if rank() == 0 and not os.path.exists(path):
         os.makedirs(cfg.out, exist_ok=True)

@@ -1,4 +1,5 @@
 """What several tests share: small models and tokenizers, pairs, dialogues, servers, and a run's folder as values."""
+import glob
 import json
 import os
 import sys
@@ -22,6 +23,12 @@ from machinery import files, logps  # noqa: E402
 from machinery.logps import old_logps  # noqa: E402
 from machinery.run import Run  # noqa: E402
 from simulator import Dialogue  # noqa: E402
+
+
+def source_files():
+    """All Python files of the program: the top level and the machinery."""
+    return glob.glob(os.path.join(ROOT, "*.py")) + glob.glob(os.path.join(ROOT, "machinery", "*.py"))
+
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -96,8 +96,8 @@ def one_rank(out):
 
 
 ENDS = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}  # of torchrun
-WORDS = {"a rank": ("refuel.py --setting", "torch.distributed.run"), "the server": ("api_server --model", "serve.py"),
-         "its engine": ("spawn_main", "\0"), "its watchdog": ("serve.py ", "\0")}  # in and not in the command line
+WORDS = {"a rank": ("refuel.py --setting", "torch.distributed.run"), "the server": ("api_server --model", "watchdog.py"),
+         "its engine": ("spawn_main", "\0"), "its watchdog": ("watchdog.py ", "\0")}  # in and not in the command line
 
 
 def main(out, names):

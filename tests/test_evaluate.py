@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 from helpers import KEY, ROOT, dialogue, everything_in, last_number, sides
-from machinery import report, users
+from machinery import report
 import pytest
 import torch
 
@@ -16,7 +16,6 @@ from machinery import engines
 import evaluate
 from machinery import files
 from machinery import logps
-from machinery import rewards
 import simulator
 from evaluate import by_reward, dialogue_logps, length_controlled, win_rate
 from machinery.files import BadInput

@@ -252,8 +252,8 @@ def talker(tokenizers, tmp_path):
 def test_a_local_checkpoint_judges_and_its_babble_is_unparsable(talker, cfg, tmp_path, monkeypatch):
     monkeypatch.setattr(judges, "ANSWER_TOKENS", 8)
     local = judges.local_judge(talker, replace(cfg, max_length=1024, wave=1, eval_wave=4))
-    real, sizes = local.engine.answer, []
-    monkeypatch.setattr(local.engine, "answer", lambda rows: sizes.append(len(rows)) or real(rows))
+    real, sizes = local.engine.answer_ids, []
+    monkeypatch.setattr(local.engine, "answer_ids", lambda rows: sizes.append(len(rows)) or real(rows))
     judge = LLMJudge(local, "local", str(tmp_path / "verdicts"))
     assert judge(A, B).tolist() == [0.5] * 4 and judge.counts["unparsable"] == 6
     replies = judge.kept()

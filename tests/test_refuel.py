@@ -1,5 +1,4 @@
 """The algorithm, its ranks and nodes against one process, stopping and going, bad input."""
-import glob
 import json
 import os
 import re
@@ -9,7 +8,7 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
-from helpers import ROOT, Talker, broken_checkpoint, length_reward, peak_bytes, random_pairs, remove, row_logps, run_folder, with_logps
+from helpers import ROOT, Talker, broken_checkpoint, length_reward, peak_bytes, random_pairs, remove, row_logps, run_folder, source_files, with_logps
 import pytest
 import torch
 
@@ -375,7 +374,7 @@ def test_a_bad_flag_ends_the_command_itself_with_code_2():
 
 
 def test_nothing_reads_a_pickle_or_swallows_every_error():
-    for name in glob.glob(os.path.join(ROOT, "*.py")):
+    for name in source_files():
         text = open(name).read()
         for word in ("torch.load", "import pickle", "pickle.load", "except:", "trust_remote_code=True", "except Exception"):
             assert word not in text, (name, word)

@@ -46,7 +46,7 @@ def watchdogs(monkeypatch):
 
 
 def server_and_child(processes):
-    return [sum(word in line for line in processes.values()) for word in ("serve.py", "served.py fake", "SIG_IGN")]
+    return [sum(word in line for line in processes.values()) for word in ("watchdog.py", "served.py fake", "SIG_IGN")]
 
 
 def test_a_run_that_is_ended_in_any_way_leaves_no_process_behind(tmp_path):
@@ -125,4 +125,4 @@ def test_vllm_plays_the_user_and_its_death_stops_the_run_in_one_line(cfg, tmp_pa
 
 def test_a_served_user_is_checked_before_anything_is_started(cfg, monkeypatch):
     with pytest.raises(BadInput, match="no checkpoint at nowhere"):
-        simulator.check_user(replace(cfg, user="serve:nowhere"))
+        simulator.check_cast(replace(cfg, user="serve:nowhere"))

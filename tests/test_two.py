@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from helpers import Talker, dialogue, hh, last_number, llama_config, random_pairs, row_logps, run_folder, ultra, with_logps
 from machinery import report
-from machinery.run import Run, check_folder, open_folder
+from machinery.run import Run, open_folder
 import pytest
 import torch
 
@@ -16,7 +16,6 @@ import evaluate
 from machinery import files
 from machinery import fsdp
 from machinery import logps
-from machinery import ranks
 import refuel
 from machinery import rewards
 import simulator
@@ -166,7 +165,7 @@ def test_a_state_of_other_ranks_is_refused_before_anything_is_loaded(cfg):
     os.makedirs(os.path.join(cfg.out, "training"))
     files.write_file(os.path.join(cfg.out, "training", "step.json"), json.dumps({"step": 2, "ranks": 8}))
     with pytest.raises(files.BadInput, match="by 8 processes"):
-        check_folder(simulator.prepare(cfg))
+        open_folder(simulator.prepare(cfg))
 
 
 def test_a_pass_shows_every_prompt_before_any_comes_again(cfg):
