@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 2 baselines.py --method rebel,refuel --setting toy    every row of a loss, and REFUEL
 
 A row says where the prefix comes from, which turn is trained, where the responses come from, and the loss. The run's
-folder holds one run folder a method, so a method that failed loses no finished row and the same command goes on.
+folder holds one run folder a method: a method that failed loses no finished row, and the same command resumes.
 """
 import machinery  # noqa: F401  (first: it sets what torch and vLLM read when they are imported)
 
@@ -166,10 +166,12 @@ def add_costs(results, cfg):
     for method, row in results.items():
         if method in METHODS:
             log = files.read_lines(os.path.join(cfg.out, method, "metrics.jsonl"))
-            collected = [r for r in log if r["phase"] == "collect"]
-            last = {r["iteration"]: r["seconds"] for r in log if r["phase"] == "regress"}
-            row["pairs"] = sum(r["pairs"] for r in collected)
-            row["minutes"] = round((sum(r["seconds"] for r in collected) + sum(last.values())) / 60, 2)
+            pairs, seconds = 0, {}
+            for line in log:
+                if line["phase"] in ("collect", "regress"):  # a training's last step has all of its seconds
+                    seconds[line["iteration"], line["phase"]] = line["seconds"]
+                pairs += line.get("pairs", 0)
+            row["pairs"], row["minutes"] = pairs, round(sum(seconds.values()) / 60, 2)
             row["paper"] = PAPER.get(method) if len(row["win"]) == len(WEIGHTS) else None
         if len(row["win"]) == len(WEIGHTS):
             row["weighted"] = round(float(np.dot(row["win"], WEIGHTS)), 4)

@@ -15,7 +15,6 @@ Dimension key: N dialogues, H turns.
 """
 import machinery  # noqa: F401  (first: it sets what torch and vLLM read when they are imported)
 
-import functools
 import json
 import os
 import re
@@ -24,7 +23,6 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 import simulator
 from machinery import engines, files, fsdp
@@ -32,10 +30,10 @@ from machinery.ask import Server
 from machinery.files import BadInput, read_weights, write_file
 from machinery.judges import ANSWER_TOKENS, ANTHROPIC_HH, ULTRAINTERACT, LLMJudge, local_judge
 from machinery.logps import dialogue_logps
-from machinery.ranks import add_up, barrier, in_waves, one_line, rank, start_processes, world
+from machinery.ranks import barrier, in_waves, one_line, rank, start_processes
 from machinery.report import side_by_side, table, turns_figure
+from machinery.rewards import shared
 from machinery.settings import Parser, is_hh, read_config
-from machinery.template import load_tokenizer
 from machinery.users import check_failures
 from simulator import Dialogue, rollout
 
@@ -56,8 +54,8 @@ def by_reward(reward):
 
 
 def stages(dialogues, at_end=False):
-    """What is judged and scored, a list of conversations a column: the first h turns, h = 1..H, or (at_end) dialogues of
-    any lengths as they ended."""
+    """What is judged and scored, a list of conversations a column: the first h turns, h = 1..H, or (at_end) the dialogues
+    as they ended, of whatever lengths."""
     if at_end:
         return [dialogues]
     turns = min(len(d.spans) for d in dialogues)
@@ -112,7 +110,7 @@ def lengths(dialogues, at_end=False):
     """Tokens of all answers that are seen at each stage: (N, H)."""
     columns = []
     for stage in stages(dialogues, at_end):
-        columns.append([sum(end - start for start, end in d.spans) for d in stage])
+        columns.append([d.tokens_said() for d in stage])
     return np.array(columns, dtype=float).T
 
 
@@ -172,14 +170,16 @@ def kl_to_reference(paths, played, cfg):
     """{name: kl_estimates} of every policy that is the same kind of model as the reference.
 
     Both log-probs come from one forward of the trainer's code, never from the engine; at the sampling temperature."""
-    names = [name for name in paths if kind(paths[name]) == kind(cfg.reference) and name != "base"]
     model = fsdp.load_policy(cfg.reference, cfg).eval()
-    base = {name: dialogue_logps(model, played[name], cfg.temperature) for name in names}
+    base = {}
+    for name, path in paths.items():
+        if name != "base" and engines.kind(path) == engines.kind(cfg.reference):
+            base[name] = dialogue_logps(model, played[name], cfg.temperature)
     nothing_NH = np.zeros((len(played["base"]), cfg.max_turns))
     rows = {"base": kl_estimates(nothing_NH, nothing_NH)}
-    for name in names:
+    for name, base_NH in base.items():
         fsdp.read_slices(model, paths[name])
-        rows[name] = kl_estimates(dialogue_logps(model, played[name], cfg.temperature), base[name])
+        rows[name] = kl_estimates(dialogue_logps(model, played[name], cfg.temperature), base_NH)
     return rows
 
 
@@ -196,8 +196,10 @@ def claim(folder, paths, cfg):
     """Note beside each policy's dialogues what they are made of; refuse those that are made of something else."""
     os.makedirs(os.path.join(folder, "eval"), exist_ok=True)
     for name, path in paths.items():
-        dialogues, note = (os.path.join(folder, "eval", name + end) for end in (".jsonl", ".json"))
-        now = {"weights": files.fingerprint(path)} | {field: getattr(cfg, field) for field in PLAYED_WITH}
+        dialogues, note = os.path.join(folder, "eval", f"{name}.jsonl"), os.path.join(folder, "eval", f"{name}.json")
+        now = {"weights": files.fingerprint(path)}
+        for field in PLAYED_WITH:
+            now[field] = getattr(cfg, field)
         if os.path.exists(note):
             then = files.read_json(note)
             other = [field for field in now if now[field] != then.get(field)]
@@ -210,34 +212,6 @@ def claim(folder, paths, cfg):
     barrier()
 
 
-@functools.lru_cache
-def kind(path):
-    """What two checkpoints must share for one to take the other's weights: architecture, vocabulary, template."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False).to_dict()
-    tokenizer = load_tokenizer(path)
-    names = ("_name_or_path", "dtype", "transformers_version", "architectures")
-    return {k: v for k, v in config.items() if k not in names}, tokenizer.get_vocab(), tokenizer.chat_template
-
-
-def shared(reward):
-    """The reward model with its work shared over the ranks and done once for each conversation; to be called by all
-    ranks alike."""
-    known = {}
-
-    def scores(dialogues):
-        keys = [tuple(m["content"] for m in d.messages) for d in dialogues]
-        new = {key: d for key, d in zip(keys, dialogues) if key not in known}
-        mine = slice(rank(), None, world())
-        score_N = torch.zeros(len(new), dtype=torch.float64)
-        score_N[mine] = torch.tensor(reward(list(new.values())[mine]), dtype=torch.float64)
-        known.update(zip(new, add_up(score_N).tolist()))
-        return [known[key] for key in keys]
-
-    return scores
-
-
 def play(file, path, prompts, policy, user, cfg):
     """All turns of the checkpoint at `path` from each opening, cfg.max_turns or one for each of the data's own
     questions; kept in `file`, played once.
@@ -245,7 +219,7 @@ def play(file, path, prompts, policy, user, cfg):
     `policy` is an engine that takes the checkpoint's weights; another kind of model (Llama 3.1 beside 3: equal shapes,
     other positions) gets an engine of its own."""
     if not os.path.exists(file):
-        if kind(path) == kind(policy.tokenizer.name_or_path):
+        if engines.kind(path) == engines.kind(policy.tokenizer.name_or_path):
             policy.update(read_weights(path))
         else:
             policy = engines.load_engine(path, cfg)
@@ -268,7 +242,10 @@ def finished(played, reward):
         good &= np.array([not d.failed for d in dialogues]) & np.array(fits(reward, dialogues))
     if not good.any():
         raise BadInput("every evaluation dialogue failed")
-    return {name: [d for d, keep in zip(dialogues, good) if keep] for name, dialogues in played.items()}
+    kept = {}
+    for name, dialogues in played.items():
+        kept[name] = [dialogues[i] for i in np.flatnonzero(good)]
+    return kept
 
 
 def evaluate(policies, folder, policy, user, reward, cfg, judge=None, kl=True):

@@ -117,6 +117,10 @@ class Dialogue:
         start, end = self.spans[h - 1]
         return self.ids[start:end]
 
+    def tokens_said(self):
+        """How many tokens the assistant has sampled, in all its turns."""
+        return sum(end - start for start, end in self.spans)
+
     def seed(self, speaker):
         """The seed of the next turn: distinct for every row, branch, turn and speaker."""
         return seed_for(*self.stream, len(self.spans), speaker)

@@ -4,6 +4,7 @@ The policy's lives on each rank through the whole run; its weights are replaced 
 
 Dimension key: B dialogues, T tokens, V vocabulary.
 """
+import functools
 import importlib.util
 import math
 from collections import Counter
@@ -253,6 +254,17 @@ def cache_bytes(path):
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     return 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+
+
+@functools.lru_cache
+def kind(path):
+    """What two checkpoints must share for one to take the other's weights: architecture, vocabulary, template."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False).to_dict()
+    tokenizer = load_tokenizer(path)
+    names = ("_name_or_path", "dtype", "transformers_version", "architectures")
+    return {k: v for k, v in config.items() if k not in names}, tokenizer.get_vocab(), tokenizer.chat_template
 
 
 def gpu_share(cfg, who):

@@ -11,7 +11,7 @@ from collections import Counter
 import torch
 
 from machinery.files import BadInput, find_checkpoint, read_json, read_weights, weight_names
-from machinery.ranks import device, dtype
+from machinery.ranks import add_up, device, dtype, rank, world
 from machinery.template import encode, encode_plain
 
 
@@ -157,3 +157,20 @@ def check_reward(cfg):
 def load_reward(cfg):
     kind, path = check_reward(cfg)
     return kind(path, cfg.reward_tokens)
+
+
+def shared(reward):
+    """The reward model with its work shared over the ranks and done once for each conversation; to be called by all
+    ranks alike."""
+    known = {}
+
+    def scores(dialogues):
+        keys = [tuple(m["content"] for m in d.messages) for d in dialogues]
+        new = {key: d for key, d in zip(keys, dialogues) if key not in known}
+        mine = slice(rank(), None, world())
+        score_N = torch.zeros(len(new), dtype=torch.float64)
+        score_N[mine] = torch.tensor(reward(list(new.values())[mine]), dtype=torch.float64)
+        known.update(zip(new, add_up(score_N).tolist()))
+        return [known[key] for key in keys]
+
+    return scores
