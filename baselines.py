@@ -30,7 +30,7 @@ from machinery.report import markdown, methods_figure, methods_table
 from machinery.run import open_folder
 from machinery.settings import read_config
 from refuel import from_the_start, refuel_loss
-from simulator import load_cast, offline_prompts, prepare, train_prompts
+from simulator import load_cast, made_of, offline_prompts, prepare, train_prompts
 
 # ---------------------------------------------------------------------------------------------------------------
 # Losses: of (logp_2B, old_logp_2B, reward_2B, eta), the mean over B pairs
@@ -58,7 +58,7 @@ def rloo_loss(logp_2B, old_logp_2B, reward_2B, eta):
     data set, so later steps are off-policy: the ratio pi/pi_t corrects them, clipped as PPO does, at 0.2. The
     camera-ready names RLOO rows without saying how; eta is not used."""
     ratio_2B = (logp_2B - old_logp_2B).exp()
-    advantage_2B = reward_2B - reward_2B.flip(0)
+    advantage_2B = (reward_2B - reward_2B.flip(0)).to(ratio_2B.dtype)
     return -torch.minimum(ratio_2B * advantage_2B, ratio_2B.clamp(0.8, 1.2) * advantage_2B).mean()
 
 
@@ -287,9 +287,9 @@ def main(argv=None):
             cfg = replace(cfg, out=os.path.join("runs", f"{cfg.setting}_baselines"))
         start_processes()
         cfg = prepare(cfg)
-        open_folder(cfg)
+        open_folder(cfg, made_of)
         for method in methods:
-            open_folder(method_config(method, cfg, given))
+            open_folder(method_config(method, cfg, given), made_of)
         _, failed = run(methods, cfg, given)
         for method, error in failed.items():
             print(f"baselines.py: {method}: {error}", file=sys.stderr)

@@ -30,7 +30,7 @@ from machinery.ask import Server
 from machinery.files import BadInput, read_weights, write_file
 from machinery.judges import ANSWER_TOKENS, ANTHROPIC_HH, ULTRAINTERACT, LLMJudge, local_judge
 from machinery.logps import dialogue_logps
-from machinery.ranks import barrier, in_waves, one_line, rank, start_processes
+from machinery.ranks import barrier, in_waves, on_rank_0, one_line, rank, start_processes
 from machinery.report import side_by_side, table, turns_figure
 from machinery.rewards import shared
 from machinery.settings import Parser, is_hh, read_config
@@ -188,28 +188,38 @@ def kl_to_reference(paths, played, cfg):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-PLAYED_WITH = ("setting", "user", "user_model", "user_temperature", "user_tokens", "dataset", "engine", "seed",
+PLAYED_WITH = ("setting", "user", "user_model", "user_temperature", "user_tokens", "dataset", "seed",
                "max_turns", "max_new_tokens", "max_length", "temperature", "eval_wave", "eval_dialogues")  # fmt: skip
 
 
 def claim(folder, paths, cfg):
     """Note beside each policy's dialogues what they are made of; refuse those that are made of something else."""
-    os.makedirs(os.path.join(folder, "eval"), exist_ok=True)
-    for name, path in paths.items():
-        dialogues, note = os.path.join(folder, "eval", f"{name}.jsonl"), os.path.join(folder, "eval", f"{name}.json")
-        now = {"weights": files.fingerprint(path)}
-        for field in PLAYED_WITH:
-            now[field] = getattr(cfg, field)
-        if os.path.exists(note):
-            then = files.read_json(note)
-            other = [field for field in now if now[field] != then.get(field)]
-            if other:
-                raise BadInput(f"{dialogues} was played with another {', '.join(other)}: choose another --out")
-        elif os.path.exists(dialogues) or os.path.exists(f"{dialogues}.parts"):
-            raise BadInput(f"{dialogues} does not say which checkpoint played it: remove it or choose another --out")
-        elif rank() == 0:
-            write_file(note, json.dumps({"checkpoint": os.path.relpath(path, folder)} | now, indent=1))
-    barrier()
+
+    def note_all():
+        os.makedirs(os.path.join(folder, "eval"), exist_ok=True)
+        files.lock(folder)
+        common = simulator.made_of(replace(cfg, policy=cfg.reference))
+        for name in ("content of --policy", "content of --reward"):  # the reward does not play; weights are each policy's
+            common.pop(name, None)
+        for name in PLAYED_WITH:
+            common[name] = getattr(cfg, name)
+        for name, path in paths.items():
+            note(folder, name, path, {"weights": files.fingerprint(path)} | common)
+
+    on_rank_0(note_all)
+
+
+def note(folder, name, path, now):
+    dialogues, file = os.path.join(folder, "eval", f"{name}.jsonl"), os.path.join(folder, "eval", f"{name}.json")
+    if os.path.exists(file):
+        then = files.read_json(file)
+        other = [field for field in now if now[field] != then.get(field)]
+        if other:
+            raise BadInput(f"{dialogues} was played with another {', '.join(other)}: choose another --out")
+    elif os.path.exists(dialogues) or os.path.exists(f"{dialogues}.parts"):
+        raise BadInput(f"{dialogues} does not say which checkpoint played it: remove it or choose another --out")
+    else:
+        write_file(file, json.dumps({"checkpoint": os.path.relpath(path, folder)} | now, indent=1))
 
 
 def play(file, path, prompts, policy, user, cfg):
@@ -231,8 +241,13 @@ def play(file, path, prompts, policy, user, cfg):
         check_failures(sum(d.failed == "user" for d in dialogues), len(rows), cfg)
         return [vars(d) for d in dialogues]
 
-    rows = in_waves(file, prompts, cfg.eval_wave, wave, f"evaluate {path}")
-    return [Dialogue.from_json(row) for row in rows]
+    dialogues = []
+    for row in in_waves(file, prompts, cfg.eval_wave, wave, f"evaluate {path}"):
+        dialogues.append(Dialogue.from_json(row))
+    openings = [d.messages[0] for d in dialogues]
+    if openings != [p.messages[0] for p in prompts]:  # else two conversations would be compared that never met
+        raise BadInput(f"{file} begins with other openings than --dataset {cfg.dataset}: choose another --out")
+    return dialogues
 
 
 def finished(played, reward):

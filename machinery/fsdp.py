@@ -189,6 +189,7 @@ def save_training(folder, model, optimizer, step):
 @torch.no_grad()
 def load_training(folder, model, optimizer):
     """Bring a stopped training back and return its next step; 0 if there is none, or it ran on other ranks."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = os.path.join(folder, "training")
@@ -196,16 +197,26 @@ def load_training(folder, model, optimizer):
     if not os.path.exists(marker):
         return 0
     saved = files.read_json(marker)
+    if not (isinstance(saved.get("step"), int) and isinstance(saved.get("ranks"), int)):
+        raise BadInput(f"{marker} does not name a step and its ranks: remove {folder} to begin this training again")
     if saved["ranks"] != world():
         if rank() == 0:
             print(f"{folder} is the state of {saved['ranks']} processes, not of {world()}: this iteration's training "
                   "begins again, its pairs are kept", flush=True)  # fmt: skip
         return 0
-    state = load_file(os.path.join(folder, f"step_{saved['step']}_rank_{rank()}.safetensors"))
+    file = os.path.join(folder, f"step_{saved['step']}_rank_{rank()}.safetensors")
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{file} cannot be read ({files.brief(error)}): put it back, or remove {folder} to begin this "
+                       "training again") from None  # fmt: skip
     for p in optimizer.param_groups[0]["params"]:
         moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}  # where fused AdamW wants it
-    for name, tensor in training_state(model, optimizer).items():
+    live = training_state(model, optimizer)
+    if {name: tensor.shape for name, tensor in live.items()} != {name: tensor.shape for name, tensor in state.items()}:
+        raise BadInput(f"{file} is the state of another model: put its own back, or choose another --out")
+    for name, tensor in live.items():
         tensor.copy_(state[name])
     return saved["step"] + 1
 

@@ -37,9 +37,10 @@ class Meter:
 
 
 def as_tensors(pairs, device):
-    """What is known of a batch before its forward: ln pi_t and rewards, both (2, B)."""
+    """What is known of a batch before its forward: ln pi_t, (2, B) float32, and rewards, (2, B) float64: their difference
+    is what counts, and in float32 two rewards of 10,000 have none below 0.001."""
     old_logp_2B = torch.tensor([p.logps for p in pairs], device=device).T
-    reward_2B = torch.tensor([p.rewards for p in pairs], device=device).T
+    reward_2B = torch.tensor([p.rewards for p in pairs], device=device, dtype=torch.float64).T
     return old_logp_2B, reward_2B
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from machinery import PARENT
-from machinery.files import BadInput, read_lines, write_lines
+from machinery.files import BadInput, read_sealed, write_sealed
 
 # ---------------------------------------------------------------------------------------------------------------
 # Who is who
@@ -48,10 +48,23 @@ def dtype():
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
+def check_environment():
+    """What torchrun sets is there as a whole or not at all."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    absent = [name for name in names if name not in os.environ]
+    if absent and len(absent) < len(names):
+        there = ", ".join(name for name in names if name in os.environ)
+        raise BadInput(f"the environment has {there}, but not {', '.join(absent)}: start with torchrun, or unset them")
+    gpus = torch.cuda.device_count()
+    if gpus and local_rank() >= gpus:
+        raise BadInput(f"--nproc_per_node: process {local_rank()} of this node has no GPU, there are {gpus}")
+
+
 def start_processes():
     """One process group for any start: torchrun's, or a group of one."""
     if dist.is_initialized():
         return
+    check_environment()
     if "RANK" in os.environ:
         if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
             # a rank whose torchrun was killed would wait for the others, and hold its GPU, until nobody knows when
@@ -92,6 +105,20 @@ def told(mine):
     return everybody
 
 
+def on_rank_0(work):
+    """What work() returns or refuses on rank 0, on every rank: nobody looks at a folder while another one changes it."""
+    found, refused = None, None
+    if rank() == 0:
+        try:
+            found = work()
+        except (BadInput, OSError) as error:
+            refused = str(error)
+    found, refused = told((found, refused))[0]
+    if refused:
+        raise BadInput(refused)
+    return found
+
+
 def in_waves(path, items, size, work, desc):
     """The rows of work(items of a wave, number of the wave) for all waves, in order, from the file at `path`.
 
@@ -103,14 +130,17 @@ def in_waves(path, items, size, work, desc):
         names = [os.path.join(parts, f"{number:05d}.jsonl") for number in range(len(starts))]
         for number in tqdm(range(rank(), len(starts), world()), desc=desc, unit="wave", disable=rank() > 0):
             if not os.path.exists(names[number]):
-                write_lines(names[number], work(items[starts[number] : starts[number] + size], number))
+                write_sealed(names[number], work(items[starts[number] : starts[number] + size], number))
         barrier()
         if rank() == 0:
-            write_lines(path, (row for name in names for row in read_lines(name)))
+            rows = []
+            for name in names:
+                rows += read_sealed(name)
+            write_sealed(path, rows)
         barrier()
     if rank() == 0:
         shutil.rmtree(parts, ignore_errors=True)
-    return read_lines(path)
+    return read_sealed(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -21,36 +21,67 @@ from machinery import files, fsdp
 from machinery.files import BadInput, iteration_folder, kept_policies, policy_folder
 from machinery.logps import old_logps
 from machinery.meter import describe
-from machinery.ranks import barrier, in_waves, rank, world
+from machinery.ranks import barrier, in_waves, on_rank_0, rank, world
 from machinery.users import check_failures
 
 
-def check_folder(cfg):
-    """--out is new, or a run of this configuration on this number of processes."""
+STARTED = {"config.json.partial", "user_0.log", ".lock"}  # what may lie in a folder before it is a run's
+
+
+def check_folder(cfg, made_of):
+    """--out is new, or a run of this configuration, of the same inputs, on this number of processes."""
     path = os.path.join(cfg.out, "config.json")
     if os.path.exists(path):
-        old, new = files.read_json(path), asdict(cfg)
-        other = [k for k in sorted(old.keys() | new.keys()) if k != "out" and old.get(k) != new.get(k)]
-        if other:
-            raise BadInput(f"{cfg.out} is a run with another {', '.join(other)}: choose another --out")
+        old = files.read_json(path)
+        check_same(cfg, asdict(cfg), old)
+        check_inputs(cfg, made_of, old.get("made_of"))
         state = os.path.join(cfg.out, "training", "step.json")
         ranks = files.read_json(state)["ranks"] if os.path.exists(state) else world()
         if ranks != world():
             raise BadInput(f"{cfg.out} was trained by {ranks} processes: go on with as many")
     elif os.path.exists(cfg.out):
-        started = {"config.json.partial", "user_0.log"}
-        if not os.path.isdir(cfg.out) or set(os.listdir(cfg.out)) - started:
+        if not os.path.isdir(cfg.out) or set(os.listdir(cfg.out)) - STARTED:
             raise BadInput(f"--out {cfg.out} exists and is not a run's folder")
 
 
-def open_folder(cfg):
-    """Make --out this run's by its config.json."""
-    check_folder(cfg)
-    path = os.path.join(cfg.out, "config.json")
-    if rank() == 0 and not os.path.exists(path):
+def check_same(cfg, new, old):
+    other = []
+    for name in sorted(new.keys() | old.keys() - {"made_of"}):
+        if name != "out" and old.get(name) != new.get(name):
+            other.append(f"{name} ({old.get(name)} there, {new.get(name)} now)")
+    if other:
+        raise BadInput(f"{cfg.out} is a run with another {', '.join(other)}: choose another --out")
+
+
+def check_inputs(cfg, new, old):
+    if old is None:
+        raise BadInput(f"{cfg.out} does not say what it was made of: choose another --out")
+    other = []
+    for name in sorted(new.keys() | old.keys()):
+        if old.get(name) != new.get(name):
+            values = f"{old.get(name)} there, {new.get(name)} now"
+            other.append(f"{name} ({values})" if len(values) < 60 else name)  # a hash says nothing to a person
+    if other:
+        raise BadInput(f"{cfg.out} was made with another {', '.join(other)}: put back what has changed, or choose another "
+                       "--out")  # fmt: skip
+
+
+def open_folder(cfg, made_of):
+    """Make --out this run's by its config.json; made_of(cfg): {input: its fingerprint or version}.
+
+    Rank 0 alone looks and writes: others would see a folder that is half made."""
+
+    def claim():
+        inputs = made_of(cfg)
+        check_folder(cfg, inputs)
         os.makedirs(cfg.out, exist_ok=True)
-        files.write_file(path, json.dumps(asdict(cfg), indent=1))
-    barrier()
+        files.lock(cfg.out)
+        check_folder(cfg, inputs)  # another process may have been quicker
+        path = os.path.join(cfg.out, "config.json")
+        if not os.path.exists(path):
+            files.write_file(path, json.dumps(asdict(cfg) | {"made_of": inputs}, indent=1))
+
+    on_rank_0(claim)
 
 
 LOGGED = {}  # of each metrics.jsonl the place of this process's last line
@@ -94,7 +125,11 @@ class Run:
         kept = {t: path for t, path in kept_policies(cfg.out).items() if t <= cfg.iterations}
         done = max(kept, default=0)
         if cfg.one_training and done < cfg.iterations:
-            done = max(0, fsdp.load_training(cfg.out, self.model, self.optimizer) - 1)
+            saved = max(0, fsdp.load_training(cfg.out, self.model, self.optimizer) - 1)
+            if done >= cfg.checkpoint_steps and not saved:
+                raise BadInput(f"{cfg.out} has kept policies up to update {done}, but its training/ is gone, without which "
+                               "it cannot be continued: put it back, or choose another --out")  # fmt: skip
+            done = saved
             barrier()
             if rank() == 0:
                 self.forget(done)
@@ -123,12 +158,15 @@ class Run:
 
         play(prompts of a wave, rng, dropped) -> pairs; read: a pair from its line of pairs.jsonl; speakers: {name: who
         speaks}, whose `tokens`, if it has any, are logged."""
-        cfg, start = self.cfg, time.time()
+        cfg, start = self.cfg, time.monotonic()
 
         def wave(rows, number):
             dropped = Counter()
             pairs = play(rows, np.random.default_rng([cfg.seed, self.t, number]), dropped)
             check_failures(dropped["user"], len(rows), cfg)
+            if number == 0 and len(pairs) >= 16 and all(p.rewards[0] == p.rewards[1] for p in pairs):
+                raise BadInput(f"--reward {cfg.reward} gives both conversations of each of {len(pairs)} pairs the same "
+                               "number: there is nothing to learn from it")  # fmt: skip
             return [{"dropped": dropped}, *(pair.to_json() for pair in pairs)]
 
         tokens = {name: s.tokens for name, s in speakers.items() if hasattr(s, "tokens")}
@@ -145,7 +183,7 @@ class Run:
         if not pairs:
             raise BadInput(f"no pair is left of {len(prompts)} prompts: {dict(dropped)}")
         if rank() == 0:
-            self.report_pairs(pairs, len(prompts), dropped, tokens, round(time.time() - start, 1))
+            self.report_pairs(pairs, len(prompts), dropped, tokens, round(time.monotonic() - start, 1))
         return pairs
 
     def report_pairs(self, pairs, prompts, dropped, tokens, seconds):
@@ -173,12 +211,12 @@ class Run:
                     base = self.checked_logps(pairs)
             if rank() == 0:
                 self.report_logps(pairs, logps, base)
-                files.write_lines(path, [[*new, *old] for new, old in zip(logps, base)])
+                files.write_sealed(path, [[*new, *old] for new, old in zip(logps, base)])
             barrier()
         if rank() == 0:
             shutil.rmtree(f"{path}.parts", ignore_errors=True)
         found = []
-        for pair, row in zip(pairs, files.read_lines(path), strict=True):
+        for pair, row in zip(pairs, files.read_sealed(path), strict=True):
             found.append(pair._replace(logps=tuple(row[:2]), base_logps=tuple(row[2:])))
         return found
 
@@ -192,13 +230,13 @@ class Run:
         for start in range(0, len(pairs), size):
             part = os.path.join(folder, f"{start:08d}.jsonl")
             if os.path.exists(part):  # or not, on all ranks alike: it is written after all of them have been here
-                logps += files.read_lines(part)
+                logps += files.read_sealed(part)
                 continue
             new = self.checked_logps(pairs[start : start + size])
             logps += new
             if rank() == 0:
                 os.makedirs(folder, exist_ok=True)
-                files.write_lines(part, new)
+                files.write_sealed(part, new)
         return logps
 
     def checked_logps(self, pairs):
@@ -226,14 +264,14 @@ class Run:
 
     def first_step(self):
         """The step at which the iteration's training resumes."""
-        self.start = time.time()
+        self.start = time.monotonic()
         return fsdp.load_training(self.folder, self.model, self.optimizer)
 
     def after_step(self, step, metrics):
         """Log a step's metrics and, now and then, save the training in progress."""
         cfg = self.cfg
         if rank() == 0:
-            row = {"iteration": self.t, "phase": "regress", "step": step, "seconds": round(time.time() - self.start, 1)}
+            row = {"iteration": self.t, "phase": "regress", "step": step, "seconds": round(time.monotonic() - self.start, 1)}
             for name, value in metrics.items():
                 row[name] = float(f"{value:.6g}") if isinstance(value, float) else value
             log(cfg, row)

@@ -23,7 +23,7 @@ class Config:
 
     setting: str  # toy, one (section 4.2) or two (section 4.3)
     policy: str  # pi_1: a checkpoint folder or a hub id
-    reference: str  # what win rates and KL are measured against
+    reference: str  # what win rates and KL are measured against; where --policy alone is given, the same
     user: str  # who plays the user: toy, dataset (its own questions), serve:CHECKPOINT, CHECKPOINT, or a server's URL
     user_model: str  # the model's name at a URL
     user_temperature: float  # of a language model as the user
@@ -161,6 +161,8 @@ def read_config(argv, description=None, **more):
     if setting not in SETTINGS:
         raise BadInput(f"--setting is one of {', '.join(SETTINGS)}, not {setting}")
     values = dict(SETTINGS[setting])
+    if "policy" in given:
+        values["reference"] = given["policy"]  # win rates and KL are against where the training begins
     if is_hh(given.get("dataset", "")):
         values |= HH.get(setting, {})
     cfg = Config(setting=setting, **values | given)

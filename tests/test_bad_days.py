@@ -88,7 +88,7 @@ def test_every_way_in_which_a_folder_cannot_be_written_is_one_line(number, word,
     talks = [[Dialogue(messages=[{"role": "user", "content": text}])] for text in ("x", "y")]
     monkeypatch.setattr(os, "makedirs", refuse)
     monkeypatch.setattr("builtins.open", refuse)
-    for work in (lambda: open_folder(cfg), lambda: toy.base_policy(str(tmp_path / "b"), toy.RECIPE | dict(steps=1)),
+    for work in (lambda: open_folder(cfg, simulator.made_of), lambda: toy.base_policy(str(tmp_path / "b"), toy.RECIPE | dict(steps=1)),
                  lambda: fsdp.save_policy(str(tmp_path / "p"), model, base), lambda: files.write_lines("x", [1]),
                  lambda: ranks.in_waves(str(tmp_path / "w"), [1], 1, None, "w"),
                  lambda: fsdp.save_training(str(tmp_path), model, None, 1), lambda: log(cfg, {"iteration": 1}),
@@ -99,7 +99,7 @@ def test_every_way_in_which_a_folder_cannot_be_written_is_one_line(number, word,
 def test_a_run_in_a_place_that_is_no_folder_is_one_line(base, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     flags = [*SMALL.split(), "--policy", base, "--reference", base, "--out", str(tmp_path / "file" / "run")]
-    stops_with_one_line(lambda: open_folder(simulator.prepare(refuel.read_config(flags))), capsys, "file", "directory")
+    stops_with_one_line(lambda: open_folder(simulator.prepare(refuel.read_config(flags)), simulator.made_of), capsys, "file", "directory")
 
 
 # --- the served user ---------------------------------------------------------------------------------------------
@@ -645,7 +645,7 @@ def prepared(path, tmp_path, *more):
 def test_a_known_model_that_brings_code_is_loaded_without_it(trapped, tmp_path):
     path = trapped("config.json", lambda c: c | {"auto_map": AUTO})
     cfg = prepared(path, tmp_path)
-    refuel.load_policy(path, cfg), engines.load_engine(path, cfg), evaluate.kind(path)
+    refuel.load_policy(path, cfg), engines.load_engine(path, cfg), engines.kind(path)
 
 
 @pytest.mark.parametrize("file, change, word", [

@@ -94,7 +94,7 @@ def updates(base, cfg, tmp_path):
 
     def run(name, stop=None):
         own = replace(cfg, out=str(tmp_path / name))
-        open_folder(own)
+        open_folder(own, simulator.made_of)
         speakers[0].update(files.read_weights(base))
         refuel.train(own, speakers)
         return own.out
@@ -161,11 +161,11 @@ def test_the_folder_stays_small_and_a_stopped_run_goes_on_exactly(updates, monke
 
 
 def test_a_state_of_other_ranks_is_refused_before_anything_is_loaded(cfg):
-    open_folder(cfg)
+    open_folder(cfg, simulator.made_of)
     os.makedirs(os.path.join(cfg.out, "training"))
     files.write_file(os.path.join(cfg.out, "training", "step.json"), json.dumps({"step": 2, "ranks": 8}))
     with pytest.raises(files.BadInput, match="by 8 processes"):
-        open_folder(simulator.prepare(cfg))
+        open_folder(simulator.prepare(cfg), simulator.made_of)
 
 
 def test_a_pass_shows_every_prompt_before_any_comes_again(cfg):
