@@ -22,6 +22,7 @@ import machinery  # noqa: F401  (first: it sets what torch and vLLM read when th
 
 import math
 import time
+from array import array
 from collections import Counter
 from dataclasses import asdict
 from typing import NamedTuple
@@ -54,14 +55,28 @@ class Pair(NamedTuple):
     dialogues: tuple = None  # the two finished conversations
     logps: tuple = None  # ln pi_t of y and y', by the trainer's own weights before the first step
     base_logps: tuple = None  # the same under pi_0, where Eq. 11 asks for it
+    truncated: tuple = ((), ())  # of each conversation's answers, whether they were cut
+    engine_logps: tuple = (math.nan, math.nan)  # ln pi_t of y and y' as the engine reported it
+    opening: str = ""  # x_1, shortened, to name the pair by
+
+    @classmethod
+    def of(cls, first, second, h, rewards):
+        """The pair of two finished conversations that part at turn h."""
+        return cls(first.reset(h).ids, first.answer(h), second.answer(h), rewards, h, len(first.spans), (first, second),
+                   truncated=(tuple(first.truncated), tuple(second.truncated)),
+                   engine_logps=(first.logps[h - 1], second.logps[h - 1]), opening=first.messages[0]["content"][:200])
 
     def to_json(self):
-        return self._asdict() | {"dialogues": [vars(d) for d in self.dialogues]}
+        """Ids and rewards for readers, and both conversations whole, of which all else is made again."""
+        return {"prefix": self.prefix, "y": self.y, "y2": self.y2, "rewards": self.rewards, "h": self.h, "H": self.H,
+                "dialogues": [vars(d) for d in self.dialogues]}  # fmt: skip
 
     @classmethod
     def from_json(cls, row):
-        dialogues = tuple(Dialogue.from_json(d) for d in row["dialogues"])
-        return cls(**row | {"rewards": tuple(row["rewards"]), "dialogues": dialogues})
+        """What the regression needs of it, ids as int32: the conversations of 64,000 pairs stay on disk."""
+        first, second = map(Dialogue.from_json, row["dialogues"])
+        pair = cls.of(first, second, row["h"], tuple(row["rewards"]))
+        return pair._replace(prefix=array("i", pair.prefix), y=array("i", pair.y), y2=array("i", pair.y2), dialogues=None)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -108,14 +123,12 @@ def make_pairs(futures, reward, max_dialogue, dropped):
             dropped["over --max-dialogue"] += 1
         else:
             kept.append((first, second, h))
-    scores = score(reward, [first for first, _, _ in kept] + [second for _, second, _ in kept])
-    pairs = []
+    pairs, scores = [], score(reward, [first for first, _, _ in kept] + [second for _, second, _ in kept])
     for (first, second, h), r, r2 in zip(kept, scores[: len(kept)], scores[len(kept) :], strict=True):
         if r is None or r2 is None:
             dropped["reward: too long"] += 1
             continue
-        pairs.append(Pair(first.reset(h).ids, first.answer(h), second.answer(h), (r, r2), h, len(first.spans),
-                          (first, second)))  # fmt: skip
+        pairs.append(Pair.of(first, second, h, (r, r2)))
     return pairs
 
 
@@ -142,8 +155,8 @@ def regularised(pair, cfg):
     to both and would hide their difference. (Released code: turn h alone is looked at, an answer that ends with its
     last permitted token counts as cut, and the KL term is added to Gamma as well.)"""
     rewards = []
-    for r, logp, logp_0, dialogue in zip(pair.rewards, pair.logps, pair.base_logps, pair.dialogues, strict=True):
-        cut = any(dialogue.truncated[pair.h - 1 :])
+    for r, logp, logp_0, truncated in zip(pair.rewards, pair.logps, pair.base_logps, pair.truncated, strict=True):
+        cut = any(truncated[pair.h - 1 :])
         rewards.append(cfg.penalty if cut and cfg.penalty != 0 else r - cfg.gamma * (logp - logp_0))
     return pair._replace(rewards=tuple(rewards))
 
@@ -155,8 +168,8 @@ def regress(model, optimizer, pairs, cfg, loss_fn=refuel_loss, first_step=0, aft
     step's metrics (docs/metrics.md); after_step(step, metrics) is called after each step, and a training that was
     stopped resumes at first_step. t: the iteration, for the learning rate."""
     if pairs[0].logps is None:
-        logps = old_logps(model, pairs, cfg).tolist()
-        pairs = [pair._replace(logps=tuple(row)) for pair, row in zip(pairs, logps, strict=True)]
+        rows = zip(pairs, old_logps(model, pairs, cfg).tolist(), strict=True)
+        pairs = [pair._replace(logps=tuple(row)) for pair, row in rows]
     model.train()
     steps = batches(len(pairs), cfg.batch_size, cfg.epochs, cfg.seed)
     metrics = {}
@@ -224,8 +237,8 @@ def train(cfg, cast=None, prompts_of=train_prompts, collect=collect, loss_fn=ref
         run.begin(t)
         if not cfg.one_training:  # before the collection, which needs the memory of the last iteration's moments
             run.optimizer = make_optimizer(model, cfg)
-        pairs = run.pairs(prompts_of(cfg, policy.tokenizer, t), play, Pair.from_json,
-                          speakers={"policy": policy, "user": user, "reward": reward})  # fmt: skip
+        speakers = {"policy": policy, "user": user, "reward": reward}
+        pairs = run.pairs(prompts_of(cfg, policy.tokenizer, t), play, Pair.from_json, speakers)
         policy.sleep()
         pairs = [regularised(pair, cfg) for pair in run.with_logps(pairs)]
         regress(model, run.optimizer, pairs, cfg, loss_fn, run.first_step(), run.after_step, t)

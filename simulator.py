@@ -289,15 +289,17 @@ def check_room(starts, cfg, tokenizer):
     The engine gives a dialogue up where an answer of --max-new-tokens might not fit. Refused: all of them will be, with
     answers and questions of one token. Said: some may be, with answers as long as they may get."""
     between = len(later_ids(tokenizer, "x"))
-    hopeless, tight = 0, 0
-    for d, H in zip(starts, longest(starts, cfg), strict=True):
+    hopeless, tight, most = 0, 0, 0
+    for d in starts:
+        (H,) = longest([d], cfg)
+        most = max(most, H)
         answer = min(d.limit or cfg.max_new_tokens, cfg.max_new_tokens)
         least = len(d.ids) + (H - 1) * between + answer
         hopeless += least > cfg.max_length
         tight += least + (H - 1) * (answer - 1) > cfg.max_length
     if hopeless == len(starts):
         raise BadInput(f"--max-length {cfg.max_length} is too short for any dialogue to reach its last turn with "
-                       f"--max-new-tokens {cfg.max_new_tokens} and {max(longest(starts, cfg))} turns")  # fmt: skip
+                       f"--max-new-tokens {cfg.max_new_tokens} and {most} turns")  # fmt: skip
     if tight and rank() == 0:
         print(f"{tight} of {len(starts)} dialogues outgrow --max-length {cfg.max_length} if every answer has "
               f"--max-new-tokens {cfg.max_new_tokens}: those that do are dropped and counted", flush=True)  # fmt: skip
@@ -352,7 +354,7 @@ def train_prompts(cfg, tokenizer, t):
     pool = first_prompts(cfg, "train", tokenizer)
     if cfg.num_prompts > len(pool):
         raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(pool)} training prompts")
-    return [open_dialogue(tokenizer, pool[i]) for i in data.draw("prompts", len(pool), cfg, t)]
+    return Made(lambda i: open_dialogue(tokenizer, pool[i]), data.draw("prompts", len(pool), cfg, t))
 
 
 def test_prompts(cfg, tokenizer):
@@ -371,6 +373,21 @@ def data_counts(cfg):
     return {"train": len(found.train), "test": len(found.test), "logged": len(found.logs), "dropped": found.dropped}
 
 
+class Made:
+    """A sequence whose items are made when they are read: 64,000 open dialogues would take a gigabyte."""
+
+    def __init__(self, make, keys):
+        self.make, self.keys = make, keys
+
+    def __len__(self):
+        return len(self.keys)
+
+    def __getitem__(self, place):
+        if isinstance(place, slice):
+            return [self.make(key) for key in self.keys[place]]
+        return self.make(self.keys[place])
+
+
 def open_dialogue(tokenizer, prompt, stream=(0,)):
     return Dialogue.start(tokenizer, prompt.text, prompt.secret, stream, prompt.limit)
 
@@ -381,7 +398,7 @@ def offline_prompts(cfg, tokenizer, t):
     logs = found.load_logs() if found else data.load_data(cfg, tokenizer).logs
     if cfg.num_prompts > len(logs):
         raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(logs)} dialogues")
-    return [replay(tokenizer, logs[i]) for i in data.draw("offline", len(logs), cfg, t)]
+    return Made(lambda i: replay(tokenizer, logs[i]), data.draw("offline", len(logs), cfg, t))
 
 
 def replay(tokenizer, log):

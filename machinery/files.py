@@ -304,14 +304,19 @@ def write_lines(path, rows):
 
 
 def write_sealed(path, rows):
-    """The same with a checksum beside it, in sha256sum's form, so that a row that was changed by hand is noticed."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_file(f"{path}.sha256", f"{hashlib.sha256(text.encode()).hexdigest()}  {os.path.basename(path)}\n")
-    write_file(path, text)
+    """Rows, one by one, with a checksum beside them in sha256sum's form, so that one that was changed is noticed."""
+    seal = hashlib.sha256()
+    with writing(path) as partial:
+        with open(partial, "w", encoding="utf-8") as file:
+            for row in rows:
+                line = json.dumps(row) + "\n"
+                seal.update(line.encode())
+                file.write(line)
+        write_file(f"{path}.sha256", f"{seal.hexdigest()}  {os.path.basename(path)}\n")
 
 
 def read_sealed(path):
-    """The rows of such a file; refused if they are not those that were written."""
+    """The rows of such a file, one by one; refused before the first if they are not those that were written."""
     seal = f"{path}.sha256"
     if not os.path.exists(seal):
         raise BadInput(f"{path} has no checksum beside it ({os.path.basename(seal)}): it is not what the run has written; "
@@ -323,7 +328,9 @@ def read_sealed(path):
     if written != [found]:
         raise BadInput(f"{path} is not what the run has written (its checksum is another): put the file back, or choose "
                        "another --out")  # fmt: skip
-    return read_lines(path)
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
 
 
 def append_line(path, row):

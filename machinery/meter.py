@@ -69,5 +69,5 @@ def blame(model, batch, cfg, loss_fn):
 
 
 def describe(pair):
-    opening = pair.dialogues[0].messages[0]["content"] if pair.dialogues else pair.prefix
-    return f"h = {pair.h} of {pair.H}, rewards {pair.rewards}, ln pi_t {pair.logps}, first prompt {str(opening)[:200]!r}"
+    opening = pair.opening or str(list(pair.prefix))[:200]
+    return f"h = {pair.h} of {pair.H}, rewards {pair.rewards}, ln pi_t {pair.logps}, first prompt {opening!r}"

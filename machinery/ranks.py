@@ -120,7 +120,7 @@ def on_rank_0(work):
 
 
 def in_waves(path, items, size, work, desc):
-    """The rows of work(items of a wave, number of the wave) for all waves, in order, from the file at `path`.
+    """The rows of work(items of a wave, number of the wave) for all waves, in order and one by one, from the file at `path`.
 
     Ranks take turns at the waves and leave each on disk; a wave that is there is not played again. The folder must be
     one that all ranks see."""
@@ -133,10 +133,7 @@ def in_waves(path, items, size, work, desc):
                 write_sealed(names[number], work(items[starts[number] : starts[number] + size], number))
         barrier()
         if rank() == 0:
-            rows = []
-            for name in names:
-                rows += read_sealed(name)
-            write_sealed(path, rows)
+            write_sealed(path, (row for name in names for row in read_sealed(name)))
         barrier()
     if rank() == 0:
         shutil.rmtree(parts, ignore_errors=True)

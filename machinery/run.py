@@ -192,7 +192,7 @@ class Run:
         if os.path.exists(os.path.join(self.folder, "logps.jsonl")):
             return
         print(f"{len(pairs)} pairs of {prompts} prompts; dropped: {dict(dropped)}", flush=True)
-        cut = [d.truncated[p.h - 1] for p in pairs for d in p.dialogues]
+        cut = [truncated[p.h - 1] for p in pairs for truncated in p.truncated]
         log(self.cfg, {"iteration": self.t, "phase": "collect", "pairs": len(pairs), "dropped": dropped,
                        "reward": float(np.mean([p.rewards for p in pairs])), "truncated": float(np.mean(cut)),
                        "tokens": tokens, "seconds": seconds})  # fmt: skip
@@ -250,8 +250,8 @@ class Run:
         """How far the engine that sampled is from the weights that are trained: 1e-5 in float32; stale weights show here."""
         gaps = []
         for pair, row in zip(pairs, logps):
-            for d, logp, y in zip(pair.dialogues, row, (pair.y, pair.y2)):
-                gaps.append(abs(d.logps[pair.h - 1] - logp) / max(1, len(y)))
+            for engine_logp, logp, y in zip(pair.engine_logps, row, (pair.y, pair.y2)):
+                gaps.append(abs(engine_logp - logp) / max(1, len(y)))
         row = {"iteration": self.t, "phase": "logps"}
         if math.isfinite(np.mean(gaps)):  # responses of a data set have no engine
             row["engine_gap"] = float(f"{np.mean(gaps):.3g}")

@@ -47,7 +47,7 @@ def numbers(base, out):
     folder = lambda name: os.path.join(cfg.out, name)  # noqa: E731
     os.makedirs(cfg.out, exist_ok=True)
     for name, some in (("three waves", prompts), ("one prompt", prompts[:1])):
-        found[name] = [p._asdict() | {"dialogues": None} for p in collected(folder(name), collect, some, cfg, 1)]
+        found[name] = [[*p.prefix, *p.y, *p.y2, *p.rewards, p.h, p.H] for p in collected(folder(name), collect, some, cfg, 1)]
 
     if world() > 2:
         return found

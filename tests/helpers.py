@@ -294,6 +294,15 @@ def hh(*texts, last="worse"):
     return {"chosen": text(texts), "rejected": text([*texts[:-1], last])}
 
 
+def equal_pairs(n):
+    """Finished pairs of one turn whose two conversations earn the same."""
+    tokenizer, pairs = toy.make_tokenizer(), []
+    for _ in range(n):
+        first, second = (Dialogue.start(tokenizer, "go on").add_answer(tokenizer, [word, 2]) for word in (7, 8))
+        pairs.append(refuel.Pair.of(first, second, 1, (1.0, 1.0)))
+    return pairs
+
+
 def with_logps(model, pairs, cfg):
     """The pairs with ln pi_t of both responses, as a run gives them to the regression."""
     logps = old_logps(model, pairs, cfg).tolist()

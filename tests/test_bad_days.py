@@ -18,7 +18,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
-from helpers import HUGE, KEY, NULL, ROOT, broken_checkpoint, collected, everything_in, hh, random_pairs, run_folder, source_files, ultra
+from helpers import HUGE, KEY, NULL, ROOT, broken_checkpoint, collected, equal_pairs, everything_in, hh, random_pairs, run_folder, source_files, ultra
 from machinery import template
 from machinery.run import LOGGED, Run, log, open_folder
 import pytest
@@ -570,7 +570,7 @@ def test_a_look_that_finds_no_dialogue_says_why(base, capsys):
 
 
 def test_a_collection_whose_rewards_are_all_equal_says_so(cfg, tmp_path, capsys):
-    pairs = [p._replace(rewards=(1.0, 1.0), dialogues=(Dialogue(truncated=[False]),) * 2) for p in random_pairs(3)]
+    pairs = equal_pairs(3)
     os.makedirs(cfg.out)
     collected(str(tmp_path / "i"), lambda rows, rng, dropped: pairs, list(range(3)), cfg, 1)
     assert "in no pair do the two rewards differ" in capsys.readouterr().out

@@ -86,7 +86,7 @@ def depth(node):
 def test_refuel_is_the_algorithm():
     """About 250 lines, depth 3, in the order of the paper, without distributed calls, engines or argument parsing."""
     text = open(os.path.join(ROOT, "refuel.py"), encoding="utf-8").read()
-    assert len(text.splitlines()) <= 270
+    assert len(text.splitlines()) <= 275
     for word in ("dist", "vllm", "argparse", "transformers"):
         assert not [name for name in imports(TREES["refuel"]) if word in name.split(".")]
     functions = [node for node in TREES["refuel"].body if isinstance(node, ast.FunctionDef)]

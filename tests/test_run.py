@@ -13,7 +13,7 @@ import torch
 import evaluate
 import refuel
 import simulator
-from helpers import ROOT, collected, hh, random_pairs
+from helpers import ROOT, collected, equal_pairs, hh, random_pairs
 from machinery import data, engines, files, fsdp, meter, ranks
 from machinery.files import BadInput
 from machinery.run import Run, open_folder
@@ -201,7 +201,7 @@ def test_the_toys_reward_on_other_data_is_refused(base, tmp_path):
 
 
 def test_a_first_wave_in_which_no_pairs_rewards_differ_stops(cfg, tmp_path):
-    pairs = [p._replace(rewards=(1.0, 1.0), dialogues=(Dialogue(truncated=[False]),) * 2) for p in random_pairs(16)]
+    pairs = equal_pairs(16)
     os.makedirs(cfg.out)
     with pytest.raises(BadInput, match="nothing to learn"):
         collected(str(tmp_path / "i"), lambda rows, rng, dropped: pairs, list(range(16)), replace(cfg, wave=16))

@@ -222,9 +222,9 @@ def test_waves_are_played_once_and_read_back_in_order(tmp_path):
     path = str(tmp_path / "rows.jsonl")
     os.makedirs(f"{path}.parts")
     files.write_sealed(f"{path}.parts/00001.jsonl", [{"x": "kept"}])
-    rows = ranks.in_waves(path, list(range(5)), 2, work, "test")
+    rows = list(ranks.in_waves(path, list(range(5)), 2, work, "test"))
     assert [r["x"] for r in rows] == [0, 1, "kept", 4] and played == [0, 2]
-    assert ranks.in_waves(path, list(range(5)), 2, work, "test") == rows and played == [0, 2]
+    assert list(ranks.in_waves(path, list(range(5)), 2, work, "test")) == rows and played == [0, 2]
 
 
 def test_no_reader_ever_sees_half_a_file(tmp_path, monkeypatch):

@@ -24,23 +24,19 @@ from simulator import Dialogue
 # --- Eq. 11 ------------------------------------------------------------------------------------------------------
 
 
-def finished(*truncated):
-    return Dialogue(truncated=list(truncated))
-
-
 def test_eq_11_by_hand(cfg):
     cfg = replace(cfg, gamma=0.5, penalty=-3.0)
     pair = random_pairs(1)[0]._replace(rewards=(2.0, 7.0), logps=(-10.0, -4.0), base_logps=(-8.0, -9.0))
-    whole = pair._replace(dialogues=(finished(False, False), finished(False)))
+    whole = pair._replace(truncated=((False, False), (False,)))
     assert refuel.regularised(whole, cfg).rewards == (2 - 0.5 * (-10 + 8), 7 - 0.5 * (-4 + 9))
     assert refuel.regularised(whole, replace(cfg, gamma=0.0)).rewards == (2.0, 7.0)
-    before = pair._replace(h=2, dialogues=(finished(True, False), finished(True, True)))
+    before = pair._replace(h=2, truncated=((True, False), (True, True)))
     assert refuel.regularised(before, cfg).rewards == (3.0, -3.0)  # what was cut before the reset is common to both
     for cut in ((True, False), (False, True)):  # "any generation" from there on
-        torn = pair._replace(dialogues=(finished(*cut), finished(False)))
+        torn = pair._replace(truncated=(cut, (False,)))
         assert refuel.regularised(torn, cfg).rewards == (-3.0, 4.5)
         assert refuel.regularised(torn, replace(cfg, penalty=0.0)).rewards == (3.0, 4.5)
-        mirrored = refuel.regularised(torn._replace(dialogues=torn.dialogues[::-1]), cfg)
+        mirrored = refuel.regularised(torn._replace(truncated=torn.truncated[::-1]), cfg)
         assert mirrored.rewards == (3.0, -3.0)
 
 
@@ -119,7 +115,7 @@ def test_updates_are_one_training_as_written_down_once_more_with_plain_torch(bas
             old, start = row_logps(model, pairs, cfg.temperature), row_logps(first, pairs, cfg.temperature)
         reward = torch.tensor([[p.rewards[k] - 0.5 * float(old[k, b] - start[k, b]) for b, p in enumerate(pairs)]
                                for k in range(2)])  # fmt: skip
-        cut = [[any(p.dialogues[k].truncated[p.h - 1 :]) for p in pairs] for k in range(2)]
+        cut = [[any(p.truncated[k][p.h - 1 :]) for p in pairs] for k in range(2)]
         reward[torch.tensor(cut)] = -1.0
         for _ in range(2):
             ratio = row_logps(model, pairs, cfg.temperature) - old
@@ -128,7 +124,7 @@ def test_updates_are_one_training_as_written_down_once_more_with_plain_torch(bas
             loss.backward()
             optimizer.param_groups[0]["lr"] = 1e-3 * (1 - t / 5)
             optimizer.step()
-    cut = [any(d.truncated) for pairs in seen for p in pairs for d in p.dialogues]
+    cut = [any(answers) for pairs in seen for p in pairs for answers in p.truncated]
     assert True in cut and False in cut
     end = dict(files.read_weights(os.path.join(out, "iter_5", "policy")))
     assert max((p - end[name]).abs().max() for name, p in model.named_parameters()) < 1e-4
