@@ -10,6 +10,7 @@ Dimension key: H turns.
 import machinery  # noqa: F401  (first: it sets what torch and vLLM read when they are imported)
 
 import math
+import os
 import traceback
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -269,6 +270,7 @@ def prepare(cfg, trains=True):
     """Check all inputs before any model is loaded; returns cfg with its checkpoints' folders and number of iterations.
 
     trains: False where a policy is only looked at or judged."""
+    check_names(cfg)
     for name in ("policy", "reference"):
         cfg = replace(cfg, **{name: checkpoint(getattr(cfg, name))})
         check_positions(getattr(cfg, name), cfg)
@@ -305,14 +307,25 @@ def check_room(starts, cfg, tokenizer):
               f"--max-new-tokens {cfg.max_new_tokens}: those that do are dropped and counted", flush=True)  # fmt: skip
 
 
-def check_cast(cfg):
-    """Everything about --user and --reward that can be known before a model is loaded."""
+def check_names(cfg):
+    """What the flags' words tell by themselves: the cheapest look, before a checkpoint is downloaded."""
     if world(cfg.user) and cfg.dataset != cfg.user:
         raise BadInput(f"--user {cfg.user}: the toy's user knows nothing of --dataset {cfg.dataset}")
     if world(cfg.reward) and cfg.dataset != cfg.reward:
         raise BadInput(f"--reward {cfg.reward}: the toy's reward is 0 wherever --dataset {cfg.dataset} leads")
     if cfg.user == "dataset" and world(cfg.dataset):
         raise BadInput("--user dataset: the toy's data set holds no questions to come")
+    if "://" in cfg.user:
+        users.user_server(cfg)
+    for name in ("policy", "reference", "reward", "user"):
+        path = getattr(cfg, name)
+        if os.path.isabs(path) and not os.path.isdir(path):
+            raise BadInput(f"--{name}: no checkpoint at {path}")
+
+
+def check_cast(cfg):
+    """Everything about --user and --reward that can be known before a model is loaded."""
+    check_names(cfg)
     if not world(cfg.user):
         users.check_user(cfg)
     if not world(cfg.reward):

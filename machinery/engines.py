@@ -269,7 +269,7 @@ def kind(path):
 
 def gpu_share(cfg, who):
     """The part of a GPU's memory that vLLM may take for the policy or the user; plan.py computes it."""
-    return plan.share(cfg, who) if torch.cuda.is_available() else None
+    return plan.engine_share(cfg, who) if torch.cuda.is_available() else None
 
 
 def engine_name(cfg):

@@ -4,7 +4,7 @@
     python refuel.py --setting one --plan --gpus 4 --gpu-memory 139 --nodes 2
 
 Only the config.json of each model is read; for the paper's models their shapes stand below, so that no hub is needed.
-The engines' shares of a GPU that a run really uses are computed here as well (`share`). P parameters, S shards.
+The engines' shares of a GPU that a run really uses are computed here as well (`engine_share`). P parameters, S shards.
 """
 import os
 from typing import NamedTuple
@@ -157,7 +157,7 @@ def reading(m, tokens=16384):
     return 2 * (m.P - m.head) + 2 * tokens * (6 * m.D + 3 * m.I) if m else 0
 
 
-def engines(cfg, gpus, nodes, total):
+def engine_bytes(cfg, gpus, nodes, total):
     """Bytes of a GPU that the policy's and the user's engines may take, weights and cache: {"policy": .., "user": ..}.
 
     What is left of a GPU while pairs are collected, after all weights, is halved: the policy says four times as much
@@ -180,12 +180,12 @@ def tensor_parallel(m, gpus):
     return max(n for n in range(1, gpus + 1) if m.heads % n == 0 and (m.groups % n == 0 or n % m.groups == 0))
 
 
-def share(cfg, name):
+def engine_share(cfg, name):
     """vLLM's gpu_memory_utilization of this run's engine, "policy" or "user"."""
     import torch
 
     gpus, total = torch.cuda.device_count(), torch.cuda.get_device_properties(0).total_memory
-    return engines(cfg, gpus, -(-world() // gpus), total)[name] / total
+    return engine_bytes(cfg, gpus, -(-world() // gpus), total)[name] / total
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def memory(cfg, x):
     t = tokens(cfg, x["answer_tokens"], x["question_tokens"], x["justification_tokens"])
     H, _ = law(cfg.max_turns)
     pair = t["trainer: forward and backward"], 2 * x["answer_tokens"]
-    share = engines(cfg, x["gpus"], x["nodes"], total)
+    share = engine_bytes(cfg, x["gpus"], x["nodes"], total)
     phases = {}
     for phase, trained in trainer(policy, cfg, ranks // cfg.replicas, ranks, pair).items():
         rolls = phase == "collect"  # else the policy's engine sleeps and the reward model is idle

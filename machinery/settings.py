@@ -1,5 +1,6 @@
 """Config, the settings with the source of every value, the flags that change them, and the seeds made of them."""
 import argparse
+import difflib
 import hashlib
 import math
 import re
@@ -140,6 +141,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise BadInput(message)
 
+    def parse_args(self, argv=None):
+        known, unknown = self.parse_known_args(argv)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            raise BadInput(f"unrecognized arguments: {' '.join(unknown)}" + (f" (did you mean {near[0]}?)" if near else ""))
+        return known
+
 
 def read_config(argv, description=None, **more):
     """The configuration of a command line: the setting's values, each replaced by its flag.
@@ -159,7 +168,8 @@ def read_config(argv, description=None, **more):
             extra[name] = given.pop(name)
     setting = given.pop("setting", None)
     if setting not in SETTINGS:
-        raise BadInput(f"--setting is one of {', '.join(SETTINGS)}, not {setting}")
+        found = "is missing" if setting is None else f"is none of them: {setting}"
+        raise BadInput(f"--setting {found}; it is one of {', '.join(SETTINGS)}")
     values = dict(SETTINGS[setting])
     if "policy" in given:
         values["reference"] = given["policy"]  # win rates and KL are against where the training begins

@@ -97,7 +97,7 @@ def test_every_phase_of_setting_one_fits_80_gb_and_the_engines_get_all_that_is_l
     sums = {phase: sum(row.values()) / plan.GIB for phase, row in phases.items()}
     assert max(sums.values()) <= 79 and sums["collect"] == pytest.approx(79 * (1 - plan.MARGIN))
     assert held["policy"] > 50 and held["user"] > 100
-    shares = plan.engines(cfg, 8, 1, 79 * plan.GIB)
+    shares = plan.engine_bytes(cfg, 8, 1, 79 * plan.GIB)
     assert shares["user"] > 2 * 70.55e9 / 8 and shares["policy"] > 2 * 8.03e9
 
 
@@ -108,7 +108,7 @@ def test_the_share_that_vllm_is_told_is_the_plans_part_of_this_machines_gpu(monk
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total))
     for name in ("policy", "user"):
-        assert engines.gpu_share(cfg, name) == plan.engines(cfg, 8, 1, total)[name] / total < 0.6
+        assert engines.gpu_share(cfg, name) == plan.engine_bytes(cfg, 8, 1, total)[name] / total < 0.6
 
 
 @pytest.mark.parametrize("heads, groups, gpus, expected", [

@@ -293,7 +293,7 @@ def test_killed_around_every_write_a_run_ends_with_the_same_files(base, tmp_path
 
 
 BAD = [  # flags, and a word of the one line
-    ("--etta 10", "etta"),
+    ("--etta 10", "did you mean --eta?"), ("--nonsense 1", "nonsense"), ("--lrate=1", "lrate"),
     ("--num 100", "--num"),
     ("--eta", "--eta"),
     ("--eta ten", "ten"),

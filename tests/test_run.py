@@ -382,3 +382,18 @@ def test_more_processes_than_gpus_is_one_line(monkeypatch):
         monkeypatch.setenv(name, "3")
     with pytest.raises(BadInput, match="process 2 of this node has no GPU, there are 2"):
         ranks.check_environment()
+
+
+def test_a_setting_that_is_missing_is_called_so():
+    for flags, word in (([], "is missing"), (["--setting", "tree"], "none of them: tree")):
+        with pytest.raises(BadInput, match=word):
+            refuel.read_config(flags)
+
+
+def test_what_the_flags_tell_by_themselves_is_checked_before_any_checkpoint_is_looked_for(monkeypatch):
+    monkeypatch.setattr(simulator, "checkpoint", lambda name: pytest.fail("a checkpoint would have been downloaded"))
+    for flags, word in (("--setting one --user http://h/v1 --user-model m --reward /no/where", "no checkpoint at /no/where"),
+                        ("--setting two --user ftp://h --user-model m", "URL"), ("--setting toy --dataset hh", "knows nothing"),
+                        ("--setting one --reward toy", "--reward toy")):  # fmt: skip
+        with pytest.raises(BadInput, match=word):
+            simulator.prepare(refuel.read_config(flags.split()))
