@@ -88,7 +88,7 @@ def make_pairs(n, seed, vocabulary, scale=1.0, prefix=None):
     """Pairs of random ids with the lengths of real conversations and (H, h) by the law of section 4.2, within setting
     one's limits; y' is as long as the answer at turn h of another conversation. prefix: the same one for all."""
     rng, pairs = random.Random(seed), []
-    conversations = files.read_json(LENGTHS)
+    conversations = json.load(open(LENGTHS))
     while len(pairs) < n:
         H = rng.randint(1, 5)
         h = rng.randint(1, H)

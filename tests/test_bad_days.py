@@ -562,7 +562,7 @@ def test_the_log_grows_by_its_lines_and_loses_none_to_a_full_disk_a_torn_line_or
 
 def test_a_look_that_finds_no_dialogue_says_why(base, capsys):
     """No answer fits the engine's context."""
-    flags = f"--setting toy --engine transformers --policy {base} --max-length 17 --num-prompts 32 --show 1"
+    flags = f"--setting toy --engine transformers --policy {base} --max-length 46 --num-prompts 32 --show 1"
     with pytest.raises(SystemExit) as stop:
         simulator.main(flags.split())
     error = capsys.readouterr().err

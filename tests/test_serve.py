@@ -1,5 +1,6 @@
 """The user's server lives as long as the run. The real one is started once here; `python tests/served.py OUT` ends a run
 with it in every way."""
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,6 @@ from helpers import ROOT, make_asker
 from machinery import users
 import pytest
 
-from machinery import files
 from machinery import serve
 import served
 import simulator
@@ -57,7 +57,7 @@ def test_a_run_that_is_ended_in_any_way_leaves_no_process_behind(tmp_path):
         runs[out] = served.start("tests/served.py", "rank", out, mark=out, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     assert served.wait_for(lambda: all(os.path.exists(os.path.join(out, "rank_0.json")) for out in runs), 60)
     for out, process in runs.items():
-        assert files.read_json(os.path.join(out, "rank_0.json"))[1] == [[0, "Question: go on", None]]
+        assert json.load(open(os.path.join(out, "rank_0.json")))[1] == [[0, "Question: go on", None]]
         assert server_and_child(served.alive(out)) == [1, 2, 1]  # the watchdog's line names the server too
         name = os.path.basename(out)
         process.send_signal(served.ENDS[name]) if name in served.ENDS else open(os.path.join(out, "end"), "w").close()
@@ -70,7 +70,7 @@ def test_both_ranks_ask_the_nodes_one_server_and_nothing_outlives_their_torchrun
     process = served.start(*served.TORCHRUN, "tests/served.py", "rank", out, mark=out, stderr=subprocess.DEVNULL)
     paths = [tmp_path / f"rank_{r}.json" for r in (0, 1)]
     assert served.wait_for(lambda: all(path.exists() for path in paths), 90)
-    (url, reply), other = map(files.read_json, paths)
+    (url, reply), other = (json.loads(path.read_text()) for path in paths)
     assert [url, reply] == other and reply == [[0, "Question: go on", None]]
     assert server_and_child(served.alive(out)) == [1, 2, 1]
     process.kill()
