@@ -243,6 +243,13 @@ def hours(cfg, x, held):
     return rows
 
 
+def host_memory(cfg, x):
+    """Bytes of a node's memory: (of each process, for its pairs as int32 ids; of rank 0, for the policy while it is saved)."""
+    t = tokens(cfg, x["answer_tokens"], x["question_tokens"], x["justification_tokens"])
+    pair = 4 * t["trainer: forward and backward"] + 1000  # ids, and what else a pair is; measured: 6.2 KB for 5.2 KB of ids
+    return cfg.num_prompts * pair, 4 * shape(cfg.policy).P
+
+
 def show(cfg, x):
     """The plan as Markdown."""
     phases, held = memory(cfg, x)
@@ -261,6 +268,9 @@ def show(cfg, x):
               + ", user" * bool(user) + ", reward" * bool(reward) + "); one trainer more for the evaluation's KL",
               f"E[H] = {H:.3g}, E[h] = {h:.3g}; assumed tokens: answer {x['answer_tokens']:g}, question "
               f"{x['question_tokens']:g}, justification {x['justification_tokens']:g}; no prompt is dropped", ""]  # fmt: skip
+    pairs, saved = host_memory(cfg, x)
+    lines += [f"host memory: {pairs / GIB:.2f} GiB a process for an iteration's pairs, {saved / GIB:.1f} GiB on rank 0 while a "
+              "policy is saved", ""]  # fmt: skip
     lines += ["| an iteration | tokens | FLOPs | hours |", "|---|---|---|---|"]
     rows = hours(cfg, x, held)
     for name, row in (rows | {"sum": [sum(column) for column in zip(*rows.values())]}).items():

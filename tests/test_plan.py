@@ -128,6 +128,23 @@ def test_a_layer_that_runs_again_as_a_whole_leaves_only_its_input():
     assert train["none"] > train["selective"]
 
 
+def test_host_memory_of_pairs_is_that_of_pairs(cfg):
+    """Against the interpreter's own count, on pairs as a run reads them back."""
+    import json
+    import tracemalloc
+
+    clerk = Clerk()
+    prompts = simulator.train_prompts(replace(cfg, num_prompts=300), clerk.tokenizer, 1)
+    pairs = refuel.collect(prompts, clerk, toy.Customer(), toy.Reward(), cfg, np.random.default_rng(0))
+    lines = [json.dumps(pair.to_json()) for pair in pairs]
+    unique = np.mean([logps.pair_length(pair) for pair in pairs])
+    tracemalloc.start()
+    held = [refuel.Pair.from_json(json.loads(line)) for line in lines]
+    measured = tracemalloc.get_traced_memory()[0] / len(held)
+    tracemalloc.stop()
+    assert 0.6 * measured < 4 * unique + 1000 < 1.6 * measured
+
+
 def test_an_unknown_model_is_named():
     with pytest.raises(BadInput, match="no-such/model"):
         plan.shape("no-such/model")
