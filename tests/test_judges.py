@@ -2,6 +2,9 @@
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -13,7 +16,7 @@ import torch
 import evaluate
 import judges
 from ask import Server
-from conftest import dialogue
+from conftest import ROOT, dialogue
 from files import BadInput
 from judges import LLMJudge, vote
 
@@ -310,6 +313,79 @@ def test_a_key_that_cannot_be_a_header_is_refused_without_showing_it(monkeypatch
     with pytest.raises(BadInput, match="OPENAI_API_KEY") as stop:
         Server("http://localhost/v1", "m")
     assert "secret" not in str(stop.value)
+
+
+# --- how a server is asked --------------------------------------------------------------------------------------
+
+
+def test_several_threads_ask_one_server_object_at_once_and_each_gets_its_own_replies(serve):
+    server = serve(lambda prompt, _: time.sleep(0.05) or prompt.upper())
+    ask, got = Server(server.url, "m", threads=8), {}
+
+    def work(name):
+        got[name] = sorted(ask([f"{name} {i}" for i in range(8)]))
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == {name: [(i, f"{name} {i}".upper(), None) for i in range(8)] for name in "abcd"}
+
+
+def test_no_more_questions_are_open_at_once_than_threads(serve):
+    now, most = [], []
+
+    def script(prompt, _):
+        now.append(prompt)
+        most.append(len(now))
+        time.sleep(0.03)
+        now.remove(prompt)
+        return prompt
+
+    assert len(list(Server(serve(script).url, "m", threads=3)([str(i) for i in range(12)]))) == 12
+    assert max(most) == 3
+
+
+def test_a_generator_that_is_left_alone_does_not_wait_for_a_server_that_stalls(serve):
+    server = serve(lambda prompt, _: None if prompt == "stall" else "fine")
+    start = time.monotonic()
+    replies = Server(server.url, "m")(["fine", *["stall"] * 9])
+    assert next(replies) == (0, "fine", None)
+    replies.close()
+    assert time.monotonic() - start < 3
+
+
+def test_ctrl_c_does_not_wait_for_a_server_that_stalls(serve):
+    script = f"from ask import Server; print('asks', flush=True); list(Server('{serve(lambda *_: None).url}', 'm')(['x'] * 9))"
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    assert process.stdout.readline() == "asks\n"
+    time.sleep(0.5)
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert time.monotonic() - start < 3 and error.rstrip().endswith("KeyboardInterrupt") and "Task" not in error
+
+
+def test_the_environments_proxy_is_asked_and_one_that_is_none_is_one_line(serve, monkeypatch):
+    proxy = serve(lambda *_: "by proxy")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", proxy.url)
+    assert list(Server("http://judge.invalid/v1", "m")(["x"])) == [(0, "by proxy", None)]
+    assert proxy.requests[0][0] == "http://judge.invalid/v1/chat/completions"
+    monkeypatch.setenv("http_proxy", "gopher://127.0.0.1:9")
+    with pytest.raises(BadInput, match="--judge: the environment's proxy"):
+        list(Server("http://judge.invalid/v1", "m")(["x"]))
+
+
+def test_a_redirect_gets_neither_a_request_nor_the_key(serve):
+    other = serve(lambda *_: "mine now")
+    for status in (301, 302, 303, 307, 308):
+        server = serve(lambda *_: (status, f"{other.url}/chat/completions".encode()))
+        [(_, reply, why)] = Server(server.url, "m")(["x"])
+        assert reply is None and f"HTTP {status}" in why and other.requests == []
 
 
 # --- a checkpoint as the judge ----------------------------------------------------------------------------------
