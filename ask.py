@@ -1,9 +1,10 @@
 """Asking a language model for text, as users and judges are asked: at a server's URL, or in an engine of this process.
 
 Both are called as ask(prompts, seeds, allowed) and yield (number of the prompt, reply, None) or (number, None, why) as
-they come.
+they come; a server's reply that is empty because it was cut comes with a why too.
 """
 import asyncio
+import base64
 import itertools
 import json
 import os
@@ -11,12 +12,23 @@ import re
 from dataclasses import replace
 
 import httpx2
+from tqdm import tqdm
 
 import engines
 from files import BadInput, read_json, world
 from simulator import Dialogue
 
 FAILURES = 0.05  # the share of questions that may stay unanswered
+
+# What servers say of a parameter that they do not take, in either order; the first parameter that is named is meant.
+UNSUPPORTED = "unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed|extra_forbidden"
+PARAMETERS = "seed|max_tokens|temperature"
+REFUSED = re.compile(rf"(?:{UNSUPPORTED})[^.]{{0,80}}?\b({PARAMETERS})\b|\b({PARAMETERS})\b[^.]{{0,80}}?(?:{UNSUPPORTED})",
+                     re.IGNORECASE)  # fmt: skip
+LEFT_OUT = {"seed": "it is left out, and the same question may get another reply next time",
+            "max_tokens": "max_completion_tokens is sent instead",
+            "temperature": "it is left out, and the replies come at the server's own temperature, which is another "
+                           "distribution than was asked for"}  # fmt: skip
 
 
 class Server:
@@ -32,7 +44,8 @@ class Server:
     trust_env = True  # the proxies of the environment
 
     def __init__(self, url, model, timeout=120, tries=5, pause=1.0, threads=16, flag="--judge", **options):
-        """options: temperature (0), max_tokens (512), whole: a reply that was cut at max_tokens is given as empty."""
+        """options: temperature (0), max_tokens (512), whole: a reply that was cut (its finish_reason is not "stop") is
+        given as empty."""
         if not re.fullmatch(r"https?://[^/@?#\s]+(/[^?#\s]*)?", url):
             raise BadInput(f"{flag}: a URL is http(s)://HOST[:PORT]/v1, and the key stands in OPENAI_API_KEY only")
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
@@ -42,6 +55,8 @@ class Server:
         self.model, self.timeout, self.tries, self.pause, self.flag = model, timeout, tries, pause, flag
         self.threads = max(1, threads // world())
         self.options = dict(temperature=0, max_tokens=512, whole=False) | options
+        self.refused = set()  # the parameters that this server does not take
+        self.echo = echo(self.key) if len(self.key) > 7 else None  # a placeholder such as EMPTY is no secret
 
     def __call__(self, prompts, seeds=None, allowed=None):
         """(number, reply, None) or (number, None, why) as they come; given up after `allowed` failures, and what was
@@ -92,9 +107,10 @@ class Server:
             if gave_up.is_set():
                 break
             try:
-                status, data = await self.post(client, prompt, seed)
+                status, data = await self.request(client, prompt, seed)
                 if status == 200:
-                    return number, self.hidden(self.read(data)), None
+                    reply, cut = self.read(data)
+                    return number, self.hidden(reply), cut
                 why = self.one_line(f"HTTP {status} {data.decode(errors='replace')}")
                 if status != 429 and status < 500:
                     break
@@ -102,16 +118,37 @@ class Server:
                 why = self.one_line(f"{type(error).__name__} {error}")
         return number, None, why
 
-    async def post(self, client, prompt, seed):
+    async def request(self, client, prompt, seed):
+        """(status, body) of the server's reply, asked once more without each parameter that it says it does not take."""
+        while True:
+            body = self.body(prompt, seed)
+            status, data = await self.post(client, json.dumps(body).encode())
+            found = REFUSED.search(data.decode(errors="replace")) if status in (400, 422) else None
+            name = found[1] or found[2] if found else None
+            if name not in body:
+                return status, data
+            if name not in self.refused:  # else another question has said so meanwhile
+                self.refused.add(name)
+                said = self.one_line(data.decode(errors="replace"))
+                tqdm.write(f"{self.flag} {self.model} does not take {name}: {LEFT_OUT[name]} ({said})")
+
+    def body(self, prompt, seed):
+        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}]}
+        if "temperature" not in self.refused:
+            body["temperature"] = self.options["temperature"]
+        if "max_tokens" in self.refused:
+            body["max_completion_tokens"] = self.options["max_tokens"]
+        else:
+            body["max_tokens"] = self.options["max_tokens"]
+        if seed is not None and "seed" not in self.refused:
+            body["seed"] = (seed ^ seed >> 31) & 0x7FFFFFFF  # some servers take no more than 31 bits
+        return body
+
+    async def post(self, client, body):
         """(status, body) of one request."""
-        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}],
-                "temperature": self.options["temperature"], "max_tokens": self.options["max_tokens"]}  # fmt: skip
-        if seed is not None:
-            body["seed"] = seed
         data = bytearray()
         try:
-            async with (asyncio.timeout(self.timeout),
-                        client.stream("POST", self.url, content=json.dumps(body).encode()) as response):  # fmt: skip
+            async with asyncio.timeout(self.timeout), client.stream("POST", self.url, content=body) as response:
                 async for chunk in response.aiter_raw():
                     data += chunk
                     if len(data) > self.BYTES:
@@ -121,19 +158,59 @@ class Server:
         return response.status_code, data
 
     def read(self, data):
-        """The text of a reply."""
-        choice = json.loads(data)["choices"][0]
-        text = choice["message"]["content"]
+        """(text, None) of a reply, or ("", why it was cut); ValueError in the server's words where there is no text."""
+        reply = json.loads(data)
+        if "choices" not in reply and "error" in reply:
+            raise ValueError(f"error {json.dumps(reply['error'], ensure_ascii=False)}")
+        choice = reply["choices"][0]
+        message, finish = dict(choice["message"]), choice.get("finish_reason")
+        text = message.get("content")
+        said = ""
+        if not isinstance(text, str):  # a refusal, a call of a tool, reasoning alone
+            said = json.dumps({k: v for k, v in message.items() if v and k != "role"}, ensure_ascii=False)
+        if self.options["whole"] and finish not in (None, "stop"):
+            return "", self.one_line(f"a reply that was cut, finish_reason {finish} {said}")
         if not isinstance(text, str):
-            raise ValueError("a reply without text")
-        return "" if self.options["whole"] and choice.get("finish_reason") == "length" else text
+            raise ValueError(f"a reply without text, finish_reason {finish}: {said}")
+        return spoken(text), None
 
     def hidden(self, text):
-        """The text without the key, should the server echo it; a placeholder such as EMPTY is no secret."""
-        return text.replace(self.key, "***") if len(self.key) > 7 else text
+        """The text without the key, should the server echo it."""
+        return self.echo.sub("***", text) if self.echo else text
 
     def one_line(self, text):
-        return " ".join(self.hidden(text).split())[:200]
+        return " ".join(self.hidden(text).encode("utf-8", "replace").decode().split())[:200]
+
+
+def echo(key):
+    """What a key looks like when it comes back: as it is, escaped for JSON or a URL (once or inside each other), or in
+    base64, in whichever of its three alignments and two alphabets."""
+    forms = [key]
+    for skip, first in enumerate((0, 2, 3)):  # first: the characters that depend on what stands before the key
+        encoded = base64.b64encode(b"\0" * skip + key.encode()).decode()
+        last = len(encoded) if (skip + len(key)) % 3 == 0 else encoded.index("=") - 1
+        forms.append(encoded[first:last])
+    patterns = []
+    for form in forms:
+        pattern = ""
+        for c in form:
+            plain = {"+": "[+-]", "/": "[/_]"}.get(c, re.escape(c)) if form is not key else re.escape(c)
+            pattern += rf"(?:\\{{0,4}}{plain}|\\{{1,4}}u(?i:{ord(c):04x})|%(?:25){{0,3}}(?i:{ord(c):02x}))"
+        patterns.append(pattern)
+    return re.compile("|".join(patterns))
+
+
+def spoken(text):
+    """What a reply says: what a reasoning model has thought before is no part of it, and thoughts without an end are
+    all that was said.
+
+    >>> spoken("<think>Shall I?</think>\\n\\nGo on.")
+    'Go on.'
+    """
+    _, mark, rest = text.rpartition("</think>")
+    if rest.lstrip().startswith("<think>"):
+        return ""
+    return rest.lstrip() if mark else text
 
 
 async def close(client):
@@ -164,7 +241,7 @@ class Local:
                 elif self.whole and answer[1]:  # it was cut
                     yield i, "", None
                 else:
-                    yield i, row.add_answer(tokenizer, *answer).messages[-1]["content"], None
+                    yield i, spoken(row.add_answer(tokenizer, *answer).messages[-1]["content"]), None
 
 
 def longest_prompt(path, room):

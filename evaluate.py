@@ -36,7 +36,7 @@ import rewards
 import simulator
 from ask import Server
 from files import BadInput, barrier, in_waves, rank, read_weights, world, write_file
-from judges import ANSWER_TOKENS, ANTHROPIC_HH, ULTRAINTERACT, LLMJudge, local_judge
+from judges import ANTHROPIC_HH, ULTRAINTERACT, LLMJudge, local_judge
 from packing import token_logps
 from simulator import Dialogue, rollout
 
@@ -411,21 +411,25 @@ def after_training(cfg, policy, user, reward):
 
 
 def command(argv):
-    """(cfg, the policies as they were given, --judge, --judge-model); several policies go where a Config has one."""
+    """(cfg, the policies as they were given, --judge, --judge-model, --judge-tokens); several policies go where a Config
+    has one."""
     import refuel
 
     own = refuel.Parser(add_help=False, allow_abbrev=False)
     own.add_argument("--policy", nargs="+", action="extend", default=[])
     own.add_argument("--out")
     own, rest = own.parse_known_args(argv)
-    flags = dict(judge=dict(default="reward", metavar="reward|world|URL|FOLDER"), judge_model=dict(metavar="NAME"))
+    flags = dict(judge=dict(default="reward", metavar="reward|world|URL|FOLDER"), judge_model=dict(metavar="NAME"),
+                 judge_tokens=dict(default=512, type=int, metavar="N"))  # room for its comparison and verdict
     cfg, extra = refuel.read_config(rest, __doc__, **flags)
     if not own.policy:
         raise BadInput("--policy names at least one run folder, checkpoint folder or hub id")
+    if extra["judge_tokens"] < 1:
+        raise BadInput(f"--judge-tokens must be positive, not {extra['judge_tokens']}")
     out = own.out or os.path.join("runs", "eval", cfg.setting)
     if os.path.exists(out) and not os.path.isdir(out):
         raise BadInput(f"--out {out} is not a folder")
-    return replace(cfg, out=out), own.policy, extra["judge"], extra["judge_model"]
+    return replace(cfg, out=out), own.policy, extra["judge"], extra["judge_model"], extra["judge_tokens"]
 
 
 def named(arguments):
@@ -443,7 +447,7 @@ def named(arguments):
     return policies
 
 
-def load_judge(name, model, cfg):
+def load_judge(name, model, cfg, judge_tokens):
     """The judge that --judge names, None for the reward; cfg.out keeps a language model's replies."""
     wording = ANTHROPIC_HH if data.is_hh(cfg.dataset) else ULTRAINTERACT
     folder = os.path.join(cfg.out, "verdicts")
@@ -458,14 +462,14 @@ def load_judge(name, model, cfg):
     if "://" in name:
         if not model:
             raise BadInput("--judge URL needs --judge-model NAME")
-        return LLMJudge(Server(name, model, max_tokens=ANSWER_TOKENS), model, folder, wording)
+        return LLMJudge(Server(name, model, max_tokens=judge_tokens, whole=True), model, folder, wording)
     path = files.find_checkpoint(name)
-    return LLMJudge(local_judge(path, cfg), fingerprint(path), folder, wording)
+    return LLMJudge(local_judge(path, cfg, judge_tokens), fingerprint(path), folder, wording)
 
 
 def main(argv=None):
     with processes.one_line("evaluate.py"):
-        cfg, policies, judge, judge_model = command(argv)
+        cfg, policies, judge, judge_model, judge_tokens = command(argv)
         processes.start_processes()
         policies = named(policies)
         cfg = replace(cfg, reference=files.prepare_checkpoint(cfg.reference))
@@ -475,7 +479,7 @@ def main(argv=None):
         simulator.check_user(cfg), rewards.check_reward(cfg)
         claim(cfg.out, {"base": cfg.reference, **policies}, cfg)
         user, reward = simulator.load_user(cfg), rewards.load_reward(cfg)
-        judge = load_judge(judge, judge_model, cfg)
+        judge = load_judge(judge, judge_model, cfg, judge_tokens)
         policy = engines.load_engine(cfg.reference, cfg)
         results, played = evaluate(policies, cfg.out, policy, user, reward, cfg, judge)
         if rank() == 0:
