@@ -23,8 +23,8 @@ FAILURES = 0.05  # the share of questions that may stay unanswered
 # What servers say of a parameter that they do not take, in either order; the first parameter that is named is meant.
 UNSUPPORTED = "unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed|extra_forbidden"
 PARAMETERS = "seed|max_tokens|temperature"
-REFUSED = re.compile(rf"(?:{UNSUPPORTED})[^.]{{0,80}}?\b({PARAMETERS})\b|\b({PARAMETERS})\b[^.]{{0,80}}?(?:{UNSUPPORTED})",
-                     re.IGNORECASE)  # fmt: skip
+REFUSED = re.compile(rf"(?:{UNSUPPORTED})[^.]{{0,80}}?\b({PARAMETERS})\b|"
+                     rf"\b({PARAMETERS})\b[^.]{{0,80}}?(?:{UNSUPPORTED})", re.IGNORECASE)  # fmt: skip
 LEFT_OUT = {"seed": "it is left out, and the same question may get another reply next time",
             "max_tokens": "max_completion_tokens is sent instead",
             "temperature": "it is left out, and the replies come at the server's own temperature, which is another "
@@ -96,7 +96,8 @@ class Server:
         try:
             return httpx2.AsyncClient(headers=headers, timeout=None, limits=limits, trust_env=self.trust_env)
         except (ImportError, *self.FAULTS) as error:
-            raise BadInput(f"{self.flag}: the environment's proxy or certificates: {self.one_line(str(error))}") from None
+            why = self.one_line(str(error))
+            raise BadInput(f"{self.flag}: the environment's proxy or certificates: {why}") from None
 
     async def answer(self, client, gave_up, number, prompt, seed):
         """(number, reply, None), or (number, None, why there is none); why is None where nobody asks any more."""
@@ -119,7 +120,7 @@ class Server:
         return number, None, why
 
     async def request(self, client, prompt, seed):
-        """(status, body) of the server's reply, asked once more without each parameter that it says it does not take."""
+        """(status, body) of the server's reply, asked again without each parameter that it does not take."""
         while True:
             body = self.body(prompt, seed)
             status, data = await self.post(client, json.dumps(body).encode())

@@ -146,8 +146,8 @@ class LLMJudge:
         unread = [reply for reply in replies.values() if vote(reply, self.wording) == 0]
         if len(unread) > FAILURES * len(replies):
             sample = " ".join(unread[0].split())[:100]
-            raise BadInput(f"{len(unread)} of {len(replies)} replies of the judge have no verdict that can be read, such as "
-                           f"{sample!r}: take another judge, or more --judge-tokens, and remove {self.folder}")  # fmt: skip
+            raise BadInput(f"{len(unread)} of {len(replies)} replies of the judge have no verdict that can be read, such "
+                           f"as {sample!r}: take another judge or more --judge-tokens, and remove {self.folder}")  # fmt: skip
 
     def replies(self, prompts):
         """{prompt: reply}, asking for what is not in the folder yet; ranks share the questions."""
