@@ -28,7 +28,7 @@ import simulator
 from machinery import engines, files, fsdp
 from machinery.ask import Server
 from machinery.files import BadInput, read_weights, write_file
-from machinery.judges import ANSWER_TOKENS, ANTHROPIC_HH, ULTRAINTERACT, LLMJudge, local_judge
+from machinery.judges import ANTHROPIC_HH, ULTRAINTERACT, LLMJudge, local_judge
 from machinery.logps import dialogue_logps
 from machinery.ranks import barrier, in_waves, on_rank_0, one_line, rank, start_processes
 from machinery.report import side_by_side, table, turns_figure
@@ -307,19 +307,23 @@ def report(results, played, reward, folder):
 
 
 def command(argv):
-    """(cfg, the policies as they were given, --judge, --judge-model); several policies go where a Config has one."""
+    """(cfg, the policies as they were given, --judge, --judge-model, --judge-tokens); several policies go where a Config
+    has one."""
     own = Parser(add_help=False, allow_abbrev=False)
     own.add_argument("--policy", nargs="+", action="extend", default=[])
     own.add_argument("--out")
     own, rest = own.parse_known_args(argv)
-    flags = dict(judge=dict(default="reward", metavar="reward|world|URL|FOLDER"), judge_model=dict(metavar="NAME"))
+    flags = dict(judge=dict(default="reward", metavar="reward|world|URL|FOLDER"), judge_model=dict(metavar="NAME"),
+                 judge_tokens=dict(default=512, type=int, metavar="N"))  # room for its comparison and verdict
     cfg, extra = read_config(rest, __doc__, **flags)
     if not own.policy:
         raise BadInput("--policy names at least one run folder, checkpoint folder or hub id")
+    if extra["judge_tokens"] < 1:
+        raise BadInput(f"--judge-tokens must be positive, not {extra['judge_tokens']}")
     out = own.out or os.path.join("runs", "eval", cfg.setting)
     if os.path.exists(out) and not os.path.isdir(out):
         raise BadInput(f"--out {out} is not a folder")
-    return replace(cfg, out=out), own.policy, extra["judge"], extra["judge_model"]
+    return replace(cfg, out=out), own.policy, extra["judge"], extra["judge_model"], extra["judge_tokens"]
 
 
 def named(arguments):
@@ -342,7 +346,7 @@ def name_of(path):
     return re.sub(r"[^\w.-]", "_", "_".join(parts[first:]))
 
 
-def load_judge(name, model, cfg):
+def load_judge(name, model, cfg, judge_tokens):
     """The judge that --judge names, None for the reward; cfg.out keeps a language model's replies."""
     wording = ANTHROPIC_HH if is_hh(cfg.dataset) else ULTRAINTERACT
     folder = os.path.join(cfg.out, "verdicts")
@@ -356,21 +360,21 @@ def load_judge(name, model, cfg):
     if "://" in name:
         if not model:
             raise BadInput("--judge URL needs --judge-model NAME")
-        return LLMJudge(Server(name, model, max_tokens=ANSWER_TOKENS), model, folder, wording)
+        return LLMJudge(Server(name, model, max_tokens=judge_tokens, whole=True), model, folder, wording)
     path = files.find_checkpoint(name)
-    return LLMJudge(local_judge(path, cfg), files.fingerprint(path), folder, wording)
+    return LLMJudge(local_judge(path, cfg, judge_tokens), files.fingerprint(path), folder, wording)
 
 
 def main(argv=None):
     with one_line("evaluate.py"):
-        cfg, policies, judge, judge_model = command(argv)
+        cfg, policies, judge, judge_model, judge_tokens = command(argv)
         start_processes()
         policies = named(policies)
         cfg = simulator.prepare(replace(cfg, policy=cfg.reference), trains=False)
         for path in policies.values():
             files.check_positions(path, cfg)
         claim(cfg.out, {"base": cfg.reference, **policies}, cfg)
-        judge = load_judge(judge, judge_model, cfg)
+        judge = load_judge(judge, judge_model, cfg, judge_tokens)
         policy, user, reward = simulator.load_cast(cfg)
         results, played = evaluate(policies, cfg.out, policy, user, reward, cfg, judge)
         if rank() == 0:

@@ -1,19 +1,17 @@
 """Asking a language model for text, as users and judges are asked: at a server's URL, or in an engine of this process.
 
 Both are called as ask(prompts, seeds, allowed) and yield (number of the prompt, reply, None) or (number, None, why) as
-they come.
+they come; a server's reply that is empty because it was cut comes with a why too.
 """
-import contextlib
-import http.client
+import asyncio
+import base64
+import itertools
 import json
 import os
 import re
-import socket
-import threading
-import time
-import urllib.error
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor, as_completed
+
+import httpx2
+from tqdm import tqdm
 
 from machinery.files import BadInput, read_json
 from machinery.ranks import world
@@ -22,124 +20,207 @@ from machinery.template import checked, opening_ids
 
 FAILURES = 0.05  # the share of questions that may stay unanswered
 
-
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_):
-        """None: urllib would take the key along to wherever the server points."""
-
-
-class Deadline:
-    """A time-out of sockets is one of each read: a server that drips its header is cut off by a clock of our own."""
-
-    def do_open(self, http_class, request, **options):
-        class Connection(http_class):
-            def getresponse(self):
-                clock = threading.Timer(self.timeout, self.sock.shutdown, [socket.SHUT_RDWR])
-                end = time.monotonic() + self.timeout
-                clock.start()
-                try:
-                    return super().getresponse()
-                except (OSError, http.client.HTTPException):
-                    if time.monotonic() < end:
-                        raise
-                    raise TimeoutError("the reply takes too long") from None  # not a server that hung up
-                finally:
-                    clock.cancel()
-
-        return super().do_open(Connection, request, **options)
-
-
-class HTTP(Deadline, urllib.request.HTTPHandler):
-    pass
-
-
-class HTTPS(Deadline, urllib.request.HTTPSHandler):
-    pass
+# What servers say of a parameter that they do not take, in either order; the first parameter that is named is meant.
+UNSUPPORTED = "unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed|extra_forbidden"
+PARAMETERS = "seed|max_tokens|temperature"
+REFUSED = re.compile(rf"(?:{UNSUPPORTED})[^.]{{0,80}}?\b({PARAMETERS})\b|"
+                     rf"\b({PARAMETERS})\b[^.]{{0,80}}?(?:{UNSUPPORTED})", re.IGNORECASE)  # fmt: skip
+LEFT_OUT = {"seed": "it is left out, and the same question may get another reply next time",
+            "max_tokens": "max_completion_tokens is sent instead",
+            "temperature": "it is left out, and the replies come at the server's own temperature, which is another "
+                           "distribution than was asked for"}  # fmt: skip
 
 
 class Server:
-    """An OpenAI-compatible server, asked by a few threads; bounded in tries, time and bytes.
+    """An OpenAI-compatible server, asked a few questions at a time; bounded in tries, time and bytes.
 
     Tried again: time-outs, broken connections, replies that are not what they should be, 429 and 5xx. Any other status
-    fails at once. The model that a reply names is not compared: servers answer with dated names and aliases, and one
-    that lies could lie there too. The key comes from the environment and goes nowhere but into the request's header."""
+    fails at once, redirects too. The model that a reply names is not compared: servers answer with dated names and
+    aliases, and one that lies could lie there too. The key comes from the environment and goes nowhere but into the
+    request's header."""
 
     BYTES = 1 << 20
+    FAULTS = (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, LookupError, TypeError, RecursionError)
+    trust_env = True  # the proxies of the environment
 
     def __init__(self, url, model, timeout=120, tries=5, pause=1.0, threads=16, flag="--judge", **options):
-        """options: temperature (0), max_tokens (512), whole: a reply that was cut at max_tokens is given as empty."""
+        """options: temperature (0), max_tokens (512), whole: a reply that was cut (its finish_reason is not "stop") is
+        given as empty."""
         if not re.fullmatch(r"https?://[^/@?#\s]+(/[^?#\s]*)?", url):
             raise BadInput(f"{flag}: a URL is http(s)://HOST[:PORT]/v1, and the key stands in OPENAI_API_KEY only")
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
             raise BadInput("OPENAI_API_KEY has characters that no key has")
         self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        self.model, self.timeout, self.tries, self.pause = model, timeout, tries, pause
+        self.model, self.timeout, self.tries, self.pause, self.flag = model, timeout, tries, pause, flag
         self.threads = max(1, threads // world())
         self.options = dict(temperature=0, max_tokens=512, whole=False) | options
-        self.opener = urllib.request.build_opener(NoRedirect, HTTP, HTTPS)
+        self.refused = set()  # the parameters that this server does not take
+        self.echo = echo(self.key) if len(self.key) > 7 else None  # a placeholder such as EMPTY is no secret
 
     def __call__(self, prompts, seeds=None, allowed=None):
-        """(number, reply, None) or (number, None, why) as they come; given up after `allowed` failures."""
-        self.dead, self.failed = threading.Event(), []
-        self.allowed = FAILURES * len(prompts) if allowed is None else allowed
-        pool, asked = ThreadPoolExecutor(self.threads), zip(prompts, seeds or [None] * len(prompts), strict=True)
-        futures = {pool.submit(self.answer, prompt, seed): i for i, (prompt, seed) in enumerate(asked)}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], *future.result()
-        finally:
-            self.dead.set()
-            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for a server that stalls
+        """(number, reply, None) or (number, None, why) as they come; given up after `allowed` failures, and what was
+        not asked then has None as its why.
 
-    def answer(self, prompt, seed=None):
-        """(reply, None), or (None, why there is none); why is None where nobody asks any more."""
+        Each call has an event loop of its own, so that several threads can ask at once; it runs while the caller waits
+        for the next reply."""
+        allowed = FAILURES * len(prompts) if allowed is None else allowed
+        seeds = [None] * len(prompts) if seeds is None else seeds
+        questions = zip(itertools.count(), prompts, seeds)
+        client, loop = self.client(), asyncio.new_event_loop()
+        open_tasks, failed, gave_up = set(), 0, asyncio.Event()
+        try:
+            while True:
+                for number, prompt, seed in itertools.islice(questions, self.threads - len(open_tasks)):
+                    open_tasks.add(loop.create_task(self.answer(client, gave_up, number, prompt, seed)))
+                if not open_tasks:
+                    break
+                first = asyncio.wait(open_tasks, return_when=asyncio.FIRST_COMPLETED)
+                done, open_tasks = loop.run_until_complete(first)
+                for task in done:
+                    number, reply, why = task.result()
+                    failed += reply is None
+                    if failed > allowed:
+                        gave_up.set()
+                    yield number, reply, why
+        finally:
+            loop.run_until_complete(close(client))
+            loop.close()
+
+    def client(self):
+        """The time-outs of a client are of single operations; ours, of a whole request, is in `post`."""
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        limits = httpx2.Limits(max_connections=None)  # there are as many as open tasks
+        try:
+            return httpx2.AsyncClient(headers=headers, timeout=None, limits=limits, trust_env=self.trust_env)
+        except (ImportError, *self.FAULTS) as error:
+            why = self.one_line(str(error))
+            raise BadInput(f"{self.flag}: the environment's proxy or certificates: {why}") from None
+
+    async def answer(self, client, gave_up, number, prompt, seed):
+        """(number, reply, None), or (number, None, why there is none); why is None where nobody asks any more."""
         why = None
         for k in range(self.tries):
-            if self.dead.wait(self.pause * 2 ** (k - 1) if k else 0):
+            if k > 0:
+                await asyncio.sleep(self.pause * 2 ** (k - 1))
+            if gave_up.is_set():
                 break
             try:
-                return self.hidden(self.request(prompt, seed)), None
-            except urllib.error.HTTPError as error:
-                why = f"HTTP {error.code}"
-                with contextlib.suppress(OSError, http.client.HTTPException), error:
-                    why = self.one_line(f"{why} {error.fp.read1(300).decode(errors='replace')}")
-                if error.code != 429 and error.code < 500:
+                status, data = await self.request(client, prompt, seed)
+                if status == 200:
+                    reply, cut = self.read(data)
+                    return number, self.hidden(reply), cut
+                why = self.one_line(f"HTTP {status} {data.decode(errors='replace')}")
+                if status != 429 and status < 500:
                     break
-            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError) as error:
+            except self.FAULTS as error:
                 why = self.one_line(f"{type(error).__name__} {error}")
-        self.failed.append(why)
-        if len(self.failed) > self.allowed:
-            self.dead.set()
-        return None, why
+        return number, None, why
 
-    def request(self, prompt, seed):
-        """One request, one reply's text."""
-        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}],
-                "temperature": self.options["temperature"], "max_tokens": self.options["max_tokens"]}  # fmt: skip
-        body |= {} if seed is None else {"seed": seed}
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
-        data, deadline = b"", time.monotonic() + self.timeout
-        with self.opener.open(request, timeout=self.timeout) as response:
-            while chunk := response.read1(1 << 16):  # the time-out is per read: a server that drips is stopped here
-                data += chunk
-                if len(data) > self.BYTES:
-                    raise ValueError("a reply of more than 1 MB")
-                if time.monotonic() > deadline:
-                    raise TimeoutError("the reply takes too long")
-        choice = json.loads(data)["choices"][0]
-        text = choice["message"]["content"]
+    async def request(self, client, prompt, seed):
+        """(status, body) of the server's reply, asked again without each parameter that it does not take."""
+        while True:
+            body = self.body(prompt, seed)
+            status, data = await self.post(client, json.dumps(body).encode())
+            found = REFUSED.search(data.decode(errors="replace")) if status in (400, 422) else None
+            name = found[1] or found[2] if found else None
+            if name not in body:
+                return status, data
+            if name not in self.refused:  # else another question has said so meanwhile
+                self.refused.add(name)
+                said = self.one_line(data.decode(errors="replace"))
+                tqdm.write(f"{self.flag} {self.model} does not take {name}: {LEFT_OUT[name]} ({said})")
+
+    def body(self, prompt, seed):
+        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}]}
+        if "temperature" not in self.refused:
+            body["temperature"] = self.options["temperature"]
+        if "max_tokens" in self.refused:
+            body["max_completion_tokens"] = self.options["max_tokens"]
+        else:
+            body["max_tokens"] = self.options["max_tokens"]
+        if seed is not None and "seed" not in self.refused:
+            body["seed"] = (seed ^ seed >> 31) & 0x7FFFFFFF  # some servers take no more than 31 bits
+        return body
+
+    async def post(self, client, body):
+        """(status, body) of one request."""
+        data = bytearray()
+        try:
+            async with asyncio.timeout(self.timeout), client.stream("POST", self.url, content=body) as response:
+                async for chunk in response.aiter_raw():
+                    data += chunk
+                    if len(data) > self.BYTES:
+                        raise ValueError("a reply of more than 1 MB")
+        except TimeoutError:
+            raise TimeoutError("the reply takes too long") from None
+        return response.status_code, data
+
+    def read(self, data):
+        """(text, None) of a reply, or ("", why it was cut); ValueError in the server's words where there is no text."""
+        reply = json.loads(data)
+        if "choices" not in reply and "error" in reply:
+            raise ValueError(f"error {json.dumps(reply['error'], ensure_ascii=False)}")
+        choice = reply["choices"][0]
+        message, finish = dict(choice["message"]), choice.get("finish_reason")
+        text = message.get("content")
+        said = ""
+        if not isinstance(text, str):  # a refusal, a call of a tool, reasoning alone
+            said = json.dumps({k: v for k, v in message.items() if v and k != "role"}, ensure_ascii=False)
+        if self.options["whole"] and finish not in (None, "stop"):
+            return "", self.one_line(f"a reply that was cut, finish_reason {finish} {said}")
         if not isinstance(text, str):
-            raise ValueError("a reply without text")
-        return "" if self.options["whole"] and choice.get("finish_reason") == "length" else text
+            raise ValueError(f"a reply without text, finish_reason {finish}: {said}")
+        return spoken(text), None
 
     def hidden(self, text):
-        """The text without the key, should the server echo it; a placeholder such as EMPTY is no secret."""
-        return text.replace(self.key, "***") if len(self.key) > 7 else text
+        """The text without the key, should the server echo it."""
+        return self.echo.sub("***", text) if self.echo else text
 
     def one_line(self, text):
-        return " ".join(self.hidden(text).split())[:200]
+        return " ".join(self.hidden(text).encode("utf-8", "replace").decode().split())[:200]
+
+
+def echo(key):
+    """What a key looks like when it comes back: as it is, escaped for JSON or a URL (once or inside each other), or in
+    base64, in whichever of its three alignments and two alphabets."""
+    forms = [key]
+    for skip, first in enumerate((0, 2, 3)):  # first: the characters that depend on what stands before the key
+        encoded = base64.b64encode(b"\0" * skip + key.encode()).decode()
+        last = len(encoded) if (skip + len(key)) % 3 == 0 else encoded.index("=") - 1
+        forms.append(encoded[first:last])
+    patterns = []
+    for form in forms:
+        pattern = ""
+        for c in form:
+            plain = {"+": "[+-]", "/": "[/_]"}.get(c, re.escape(c)) if form is not key else re.escape(c)
+            pattern += rf"(?:\\{{0,4}}{plain}|\\{{1,4}}u(?i:{ord(c):04x})|%(?:25){{0,3}}(?i:{ord(c):02x}))"
+        patterns.append(pattern)
+    return re.compile("|".join(patterns))
+
+
+def spoken(text):
+    """What a reply says: what a reasoning model has thought before is no part of it, and thoughts without an end are
+    all that was said.
+
+    >>> spoken("<think>Shall I?</think>\\n\\nGo on.")
+    'Go on.'
+    """
+    _, mark, rest = text.rpartition("</think>")
+    if rest.lstrip().startswith("<think>"):
+        return ""
+    return rest.lstrip() if mark else text
+
+
+async def close(client):
+    """End what is still asked: Ctrl-C and a generator that is left alone do not wait for a server that stalls."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await client.aclose()
 
 
 class Local:
@@ -167,7 +248,7 @@ class Local:
         ids, cut, _ = answer
         if self.whole and cut:
             return "", None
-        return self.engine.tokenizer.decode(ids, skip_special_tokens=True).strip(), None
+        return spoken(self.engine.tokenizer.decode(ids, skip_special_tokens=True).strip()), None
 
 
 def longest_prompt(path, room):

@@ -59,8 +59,6 @@ new line, state only "A" or "B" to indicate which response is more helpful. Your
 Comparison: <one-sentence comparison and explanation>
 More helpful: <"A" or "B">"""
 
-ANSWER_TOKENS = 512  # room for the judge's comparison and verdict
-
 
 def quoted(messages):
     """A conversation as text in which every line begins with its speaker, so that no answer can play the user, close
@@ -80,12 +78,43 @@ def question(a, b, wording):
 def vote(reply, wording):
     """1 for A, -1 for B, 0 where the reply has no verdict or more than one: nothing is guessed.
 
-    Only a line that says "Preferred: A" and no more (stars and quotation marks aside) counts, and only if no other
-    line begins with that word: a judge who quotes a dialogue's own "Preferred: B" is not understood, not misread."""
+    A verdict is a line "Preferred: A" and no more, or the end of the comparison's own line, as a sentence of its own;
+    bold type, quotation marks and "Dialogue A" are read too. Another line that begins with that word makes it none: a
+    judge who quotes a dialogue's own "Preferred: B" is not understood, not misread. Linear in the reply's length."""
     word = wording.splitlines()[-1].split(":")[0]  # Preferred, or More helpful
-    lines = [line for line in reply.splitlines() if re.match(rf"\W*{word}\b", line, re.IGNORECASE)]
-    found = re.fullmatch(rf"\W*{word}\W*:\W*([AB])\W*", lines[0], re.IGNORECASE) if len(lines) == 1 else None
-    return 0 if found is None else 1 if found[1].upper() == "A" else -1
+    found = []
+    for line in reply.splitlines():
+        parts = re.split(rf"\b{word}\b", line, flags=re.IGNORECASE)
+        if len(parts) == 1:
+            continue
+        first = re.search(r"\w+", parts[0])
+        if first is None:  # the line begins with the word
+            found.append(choice(parts[1]) if len(parts) == 2 else None)
+        elif first[0].lower() == "comparison":
+            marks = [part for part in parts[1:] if ":" in re.match(r"\W*", part)[0]]
+            if len(marks) == 1 and marks[0] is parts[-1] and ends_a_sentence(parts[-2]) and even_quotes(parts[-1]):
+                found += filter(None, [choice(parts[-1])])
+    return {"A": 1, "B": -1}.get(found[0], 0) if len(found) == 1 else 0
+
+
+def choice(text):
+    """A or B, where `text` is what follows the word: a colon, one of them, and no more; else None."""
+    words = re.findall(r"\w+", text.upper())
+    if words[:1] in (["DIALOGUE"], ["RESPONSE"]):
+        words = words[1:]
+    is_one = words in (["A"], ["B"]) and ":" in re.match(r"\W*", text)[0]
+    return words[0] if is_one else None
+
+
+def ends_a_sentence(text):
+    """Whether a new sentence, in bold type or not, can follow: not one that a quotation mark has opened."""
+    before = text.rstrip(" \t*")
+    return before != text and before.rstrip("\"'”’)").endswith((".", "!", "?", ";", "…"))
+
+
+def even_quotes(text):
+    """Whether no quotation ends here that has begun before."""
+    return sum(text.count(mark) for mark in "\"'“”‘’") % 2 == 0
 
 
 class LLMJudge:
@@ -103,6 +132,7 @@ class LLMJudge:
         texts = [(quoted(x.messages), quoted(y.messages)) for x, y in zip(a, b, strict=True)]
         both = [(question(x, y, self.wording), question(y, x, self.wording)) for x, y in texts if x != y]
         replies = self.replies(list(dict.fromkeys(prompt for pair in both for prompt in pair)))
+        self.check(replies)
         verdicts = iter([self.verdict(*(replies.get(prompt) for prompt in pair)) for pair in both])
         return np.array([next(verdicts) if x != y else 0.5 for x, y in texts])  # one text twice is not worth a question
 
@@ -114,6 +144,14 @@ class LLMJudge:
                            flips=int(votes[0] == votes[1] != 0))  # fmt: skip
         return (1 + votes[0]) / 2 if votes[0] == -votes[1] else 0.5
 
+    def check(self, replies):
+        """A judge that is often not understood is stopped like one that does not answer: its verdicts would be ties."""
+        unread = [reply for reply in replies.values() if vote(reply, self.wording) == 0]
+        if len(unread) > FAILURES * len(replies):
+            sample = " ".join(unread[0].split())[:100]
+            raise BadInput(f"{len(unread)} of {len(replies)} replies of the judge have no verdict that can be read, such "
+                           f"as {sample!r}: take another judge or more --judge-tokens, and remove {self.folder}")  # fmt: skip
+
     def replies(self, prompts):
         """{prompt: reply}, asking for what is not in the folder yet; ranks share the questions."""
         known = self.kept()
@@ -123,8 +161,8 @@ class LLMJudge:
         with open(os.path.join(self.folder, f"rank_{rank()}.jsonl"), "a", encoding="utf-8") as file:
             bar = tqdm(self.ask(missing) if missing else (), "judge", len(missing), disable=rank() > 0 or not missing)
             for i, reply, why in bar:
-                if reply is None:
-                    reasons.append(why)
+                if not reply:
+                    reasons.append(why if reply is None or why else "an empty or unfinished reply")
                 else:  # the line break comes first: a line that a kill has torn cannot spoil the next one
                     file.write("\n" + json.dumps({"key": self.key(missing[i]), "reply": reply}))
                     file.flush()
@@ -153,8 +191,8 @@ class LLMJudge:
         return known
 
 
-def local_judge(path, cfg):
+def local_judge(path, cfg, judge_tokens):
     """A checkpoint as the judge, in an engine of this process, as good as greedy (an engine cannot divide by 0)."""
-    room = longest_prompt(path, 4 * cfg.max_length + 2048)  # two conversations, quoted
-    engine = load_engine(path, replace(cfg, temperature=0.01, max_new_tokens=ANSWER_TOKENS, max_length=room), "user")
-    return Local(engine, max(cfg.wave, cfg.eval_wave))
+    room = longest_prompt(path, max(4 * cfg.max_length + 2048, 2 * judge_tokens))  # two conversations, quoted
+    engine = load_engine(path, replace(cfg, temperature=0.01, max_new_tokens=judge_tokens, max_length=room), "user")
+    return Local(engine, max(cfg.wave, cfg.eval_wave), whole=True)

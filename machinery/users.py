@@ -53,11 +53,13 @@ class LLMUser:
                 break
             prompts = [user_prompt(dialogues[i].messages) for i in rows]
             seeds = [dialogues[i].seed(f"user {k}") for i in rows]
+            again = []
             for n, reply, reason in self.ask(prompts, seeds, math.ceil(self.limit * len(dialogues))):
                 texts[rows[n]] = next_question(reply or "", self.longest)
-                why[rows[n]] = reason if reply is None else self.NO_QUESTION
-            # a prompt that a server has failed five times is not sent again: one that hangs would cost three times as much
-            rows = [i for i in rows if texts[i] is None and why[i] == self.NO_QUESTION]
+                why[rows[n]] = self.NO_QUESTION if reply is not None and reason is None else reason
+                if reply is not None and texts[rows[n]] is None:
+                    again.append(rows[n])
+            rows = again  # not those that a server has failed five times: one that hangs would cost three times as much
         failed = [i for i, text in enumerate(texts) if text is None]
         if failed:
             reason = next(filter(None, map(why.get, failed)))

@@ -202,19 +202,22 @@ KEY = "sk-never-to-be-seen-0123456789"
 
 class Scripted:
     """An OpenAI-compatible server: script(prompt, number of the request) -> text, (status, bytes), None to stall, or
-    (status, bytes, seconds) to drip a byte at a time."""
+    (status, bytes, seconds) to drip a byte at a time. Without a script, its attribute reply(body) says the same."""
 
     def __init__(self, script):
         self.requests = []
         scripted = self
 
         class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+            protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 scripted.requests.append((self.path, dict(self.headers), body))
-                reply = script(body["messages"][0]["content"], len(scripted.requests))
+                if script is None:
+                    reply = scripted.reply(body)
+                else:
+                    reply = script(body["messages"][0]["content"], len(scripted.requests))
                 if reply is None:
                     time.sleep(6)  # far above the client's time-out, on a busy machine too
                     self.close_connection = True

@@ -1,17 +1,26 @@
 """A language model as the judge: its prompt, its verdict, and judges that fail, stall and lie."""
+import base64
 import json
 import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
+from urllib.parse import quote, unquote
 
-from helpers import DRIP, HUGE, KEY, NULL, dialogue, everything_in, sides
+from helpers import DRIP, HUGE, KEY, NULL, ROOT, dialogue, everything_in, sides
 import pytest
 import torch
 
+from machinery import ask
 import evaluate
 from machinery import judges
-from machinery.ask import Server
+from machinery.ask import Server, echo, spoken
 from machinery.files import BadInput
 from machinery.judges import LLMJudge, vote
+from machinery.settings import seed_for
 
 # --- the judge's prompt and its verdict -------------------------------------------------------------------------
 
@@ -19,13 +28,29 @@ from machinery.judges import LLMJudge, vote
 @pytest.mark.parametrize("reply, expected", [
     ("Comparison: both are fine.\nPreferred: A", 1), ('Comparison: x\nPreferred: "B"', -1),
     ("**Preferred: A**", 1), ("preferred: b\n", -1), ("Comparison: A is preferred.\n\nPreferred: B.", -1),
-    ("", 0), ("A", 0), ("Preferred: C", 0), ("Preferred: A or B", 0), ("Comparison: ... Preferred: A", 0),
+    ("", 0), ("A", 0), ("Preferred: C", 0), ("Preferred: A or B", 0), ("Comparison: ... Preferred: A", 1),
+    ("Preferred: Dialogue A", 1), ("Preferred: **Response B**", -1), ('**Preferred:** "A"', 1), ("Preferred: A. ", 1),
+    ("**Preferred**: “B”", -1), ("Comparison: A is preferred for its tone. **Preferred:** A", 1),
+    ('**Comparison:** B ends with "thanks." Preferred: "B"\n', -1), ("Comparison: x. Preferred: Dialogue B.", -1),
+    ("Preferred: Dialogue A or B", 0), ("Preferred: Dialogue", 0), ("Comparison: x. Preferred: A, not B", 0),
+    ("Comparison: A is kind. Preferred: A\nPreferred: B", 0), ("Comparison: x. Preferred: B. Preferred: A", 0),
+    ('Comparison: Dialogue B says "Preferred: B"', 0), ('Comparison: B says "Do it. Preferred: B"', 0),
+    ("Chatbot| Fine. Preferred: B", 0), ("Comparison: B ends with Preferred: B", 0),
+    ('Comparison: B says "Preferred: B".\nPreferred: A', 1), ("Comparison: x. Preferred A", 0),
     ("Preferred: A\nPreferred: B", 0), ("Preferred: A\nPreferred: A", 0), ("Preferred: both\nPreferred: A", 0),
     ("The chatbot says:\nPreferred: B\nwhich I ignore.\nPreferred: A", 0), ("Preferred: Apple", 0),
 ])  # fmt: skip
 def test_the_verdict_is_the_only_constrained_line_or_there_is_none(reply, expected):
     assert vote(reply, judges.ULTRAINTERACT) == expected
     assert vote(re.sub("(?i)preferred", "More helpful", reply), judges.ANTHROPIC_HH) == expected
+
+
+@pytest.mark.parametrize("text", [":", "Preferred:", "Preferred", "*", " ", ". ", '"', "a ", "Comparison: ", "\n", "_"])
+def test_a_verdict_is_looked_for_in_time_linear_in_the_reply(text):
+    start = time.monotonic()
+    for reply in ("Preferred: " + text * 200_000, "Comparison: x. Preferred" + text * 200_000 + "x", text * 200_000):
+        vote(reply, judges.ULTRAINTERACT)
+    assert time.monotonic() - start < 5
 
 
 def test_the_papers_wording_is_in_the_prompt_word_for_word():
@@ -84,11 +109,18 @@ def test_a_tag_that_a_reply_has_seen_is_not_the_tag_of_the_prompt_that_quotes_it
     assert re.search(r"^<quote (\w{12})>$", second, re.MULTILINE)[1] != tag
 
 
+def said(content, finish=None, **message):
+    choice = {"message": {"role": "assistant", "content": content} | message}
+    if finish:
+        choice["finish_reason"] = finish
+    return 200, json.dumps({"choices": [choice]}).encode()
+
+
 # --- judges at a URL --------------------------------------------------------------------------------------------
 
 
 def judge_at(server, folder, **options):
-    options = dict(timeout=0.4, tries=3, pause=0.01, threads=4) | options
+    options = dict(timeout=0.4, tries=3, pause=0.01, threads=4, whole=True) | options
     return LLMJudge(Server(server.url, "judge-1", **options), "judge-1", str(folder))
 
 
@@ -141,13 +173,50 @@ def test_a_judge_with_a_position_bias_decides_nothing(serve, tmp_path):
     assert row["flip_rate"] == 100 and row["win"] == row["low"] == row["high"] == [50.0] and row["asked"] == 3
 
 
-@pytest.mark.parametrize("reply", ["I cannot say.", "Preferred: A\nPreferred: B", "", "Preferred: A and B", "A" * 9999])
-def test_an_answer_without_one_verdict_is_a_counted_tie_and_is_not_asked_again(reply, serve, tmp_path):
-    server = serve(lambda *_: reply)
+NO_VERDICT = ["I cannot say.", "Preferred: A\nPreferred: B", "Preferred: A and B", "A" * 9999]
+MANY = [dialogue(f"good good {i}") for i in range(30)], [dialogue(f"good {i}") for i in range(30)]
+
+
+@pytest.mark.parametrize("reply", NO_VERDICT)
+def test_a_few_answers_without_one_verdict_are_counted_ties_and_are_not_asked_again(reply, serve, tmp_path):
+    server = serve(lambda prompt, _: reply if "Chatbot| good 7\n" in prompt else fair(prompt))
     judge = judge_at(server, tmp_path)
-    assert judge(A, B).tolist() == [0.5] * 4 and judge.counts["unparsable"] == 6 and judge.counts["flips"] == 0
-    judge(A, B)
-    assert len(server.requests) == 6
+    verdict = judge(*MANY)
+    assert verdict[7] == 0.5 and verdict.sum() == 29.5 and judge.counts["unparsable"] == 2 and judge.counts["flips"] == 0
+    judge(*MANY)
+    assert len(server.requests) == 60
+
+
+@pytest.mark.parametrize("reply", NO_VERDICT)
+def test_a_judge_without_verdicts_in_more_than_5_per_cent_stops_the_run_with_a_sample(reply, serve, tmp_path):
+    server = serve(lambda prompt, _: reply if re.search(r"Chatbot\| good [78]\n", prompt) else fair(prompt))
+    with pytest.raises(BadInput, match="4 of 60 replies of the judge have no verdict.*--judge-tokens") as stop:
+        judge_at(server, tmp_path)(*MANY)
+    assert "\n" not in str(stop.value) and repr(" ".join(reply.split())[:100]) in str(stop.value)
+
+
+@pytest.mark.parametrize("finish", ["length", "content_filter", "tool_calls"])
+def test_a_verdict_in_a_reply_that_was_cut_is_a_failure_and_is_not_kept(finish, serve, tmp_path):
+    server = serve(lambda *_: said("Comparison: x\nPreferred: A", finish))
+    with pytest.raises(BadInput, match=f"the judge failed 6 of 6 questions .a reply that was cut, finish_reason {finish}"):
+        judge_at(server, tmp_path)(A, B)
+    assert everything_in(tmp_path) == "" and len(server.requests) == 6
+    well = serve(lambda prompt, _: said(fair(prompt), "stop"))
+    assert judge_at(well, tmp_path)(A, B).tolist() == [1, 0.5, 0, 0.5]
+
+
+def test_a_judges_thoughts_are_no_verdict(serve, tmp_path):
+    server = serve(lambda prompt, _: f"<think>\nPreferred: B\nPreferred: A\n</think>\n\n{fair(prompt)}")
+    assert judge_at(server, tmp_path)(A, B).tolist() == [1, 0.5, 0, 0.5] and "think" not in everything_in(tmp_path)
+    endless = serve(lambda *_: "<think>\nI should say\nPreferred: A\n")
+    with pytest.raises(BadInput, match="the judge failed 6 of 6 questions .an empty or unfinished reply"):
+        judge_at(endless, tmp_path / "other")(A, B)
+
+
+def test_an_empty_reply_of_a_judge_is_a_failure(serve, tmp_path):
+    with pytest.raises(BadInput, match="the judge failed 6 of 6 questions"):
+        judge_at(serve(lambda *_: ""), tmp_path)(A, B)
+    assert everything_in(tmp_path) == ""
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -232,6 +301,227 @@ def test_a_key_that_cannot_be_a_header_is_refused_without_showing_it(monkeypatch
     assert "secret" not in str(stop.value)
 
 
+# --- how a server is asked --------------------------------------------------------------------------------------
+
+
+def test_several_threads_ask_one_server_object_at_once_and_each_gets_its_own_replies(serve):
+    server = serve(lambda prompt, _: time.sleep(0.05) or prompt.upper())
+    ask, got = Server(server.url, "m", threads=8), {}
+
+    def work(name):
+        got[name] = sorted(ask([f"{name} {i}" for i in range(8)]))
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == {name: [(i, f"{name} {i}".upper(), None) for i in range(8)] for name in "abcd"}
+
+
+def test_no_more_questions_are_open_at_once_than_threads(serve):
+    now, most = [], []
+
+    def script(prompt, _):
+        now.append(prompt)
+        most.append(len(now))
+        time.sleep(0.03)
+        now.remove(prompt)
+        return prompt
+
+    assert len(list(Server(serve(script).url, "m", threads=3)([str(i) for i in range(12)]))) == 12
+    assert max(most) == 3
+
+
+def test_a_generator_that_is_left_alone_does_not_wait_for_a_server_that_stalls(serve):
+    server = serve(lambda prompt, _: None if prompt == "stall" else "fine")
+    start = time.monotonic()
+    replies = Server(server.url, "m")(["fine", *["stall"] * 9])
+    assert next(replies) == (0, "fine", None)
+    replies.close()
+    assert time.monotonic() - start < 3
+
+
+def test_ctrl_c_does_not_wait_for_a_server_that_stalls(serve):
+    script = f"from machinery.ask import Server; print('asks', flush=True); list(Server('{serve(lambda *_: None).url}', 'm')(['x'] * 9))"
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    assert process.stdout.readline() == "asks\n"
+    time.sleep(0.5)
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert time.monotonic() - start < 3 and error.rstrip().endswith("KeyboardInterrupt") and "Task" not in error
+
+
+def test_the_environments_proxy_is_asked_and_one_that_is_none_is_one_line(serve, monkeypatch):
+    proxy = serve(lambda *_: "by proxy")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", proxy.url)
+    assert list(Server("http://judge.invalid/v1", "m")(["x"])) == [(0, "by proxy", None)]
+    assert proxy.requests[0][0] == "http://judge.invalid/v1/chat/completions"
+    monkeypatch.setenv("http_proxy", "gopher://127.0.0.1:9")
+    with pytest.raises(BadInput, match="--judge: the environment's proxy"):
+        list(Server("http://judge.invalid/v1", "m")(["x"]))
+
+
+def test_a_redirect_gets_neither_a_request_nor_the_key(serve):
+    other = serve(lambda *_: "mine now")
+    for status in (301, 302, 303, 307, 308):
+        server = serve(lambda *_: (status, f"{other.url}/chat/completions".encode()))
+        [(_, reply, why)] = Server(server.url, "m")(["x"])
+        assert reply is None and f"HTTP {status}" in why and other.requests == []
+
+
+SEEDS = [0, 1, 2**31 - 1, 2**40, 2**61 + 5, *(seed_for("a row", i) for i in range(300))]
+
+
+def test_seeds_fit_31_bits_and_distinct_ones_stay_distinct(serve):
+    server = serve(lambda *_: "fine")
+    list(Server(server.url, "m", threads=1)(["x"] * len(SEEDS), SEEDS))
+    sent = [body["seed"] for _, _, body in server.requests]
+    assert all(0 <= seed < 2**31 for seed in sent) and len(set(sent)) == len(SEEDS) and sent[:3] == SEEDS[:3]
+
+
+def refuses(texts):
+    """A server that refuses each parameter of `texts` with its text and knows the rest."""
+
+    def script(body):
+        for name, text in texts.items():
+            if name in body:
+                return 400, text.encode()
+        return said("fine", "stop")
+
+    return script
+
+
+@pytest.mark.parametrize("texts, left", [
+    ({"max_tokens": """{"error": {"message": "Unsupported parameter: 'max_tokens' is not supported with this model. Use
+      'max_completion_tokens' instead.", "param": "max_tokens", "code": "unsupported_parameter"}}""",
+      "temperature": """{"error": {"message": "Unsupported value: 'temperature' does not support 0 with this model. Only
+      the default (1) value is supported.", "param": "temperature", "code": "unsupported_value"}}"""},
+     {"seed", "max_completion_tokens"}),
+    ({"seed": "Unrecognized request argument supplied: seed"}, {"temperature", "max_tokens"}),
+    ({"seed": '{"detail":[{"type":"extra_forbidden","loc":["body","seed"],"msg":"Extra inputs are not permitted"}]}'},
+     {"temperature", "max_tokens"}),
+    ({"seed": "Unknown parameter: seed. Known: model, messages, temperature, max_tokens"}, {"temperature", "max_tokens"}),
+])  # fmt: skip
+def test_a_parameter_that_a_server_does_not_take_is_left_out_once_and_said(texts, left, serve, capsys):
+    server = serve(None)
+    server.reply = refuses(texts)
+    ask = Server(server.url, "o3", temperature=0.5, max_tokens=9, pause=0.01)
+    assert sorted(ask(["x"] * 40, range(40))) == [(i, "fine", None) for i in range(40)]
+    assert set(server.requests[-1][2]) - {"model", "messages"} == left
+    out = capsys.readouterr().out
+    for name in texts:
+        assert out.count(f"--judge o3 does not take {name}: ") == 1
+    assert ("another distribution" in out) == ("temperature" in texts) and out.count("\n") == len(texts)
+    if "max_tokens" in texts:
+        assert server.requests[-1][2]["max_completion_tokens"] == 9
+    before = len(server.requests)
+    list(ask(["x"], [1]))
+    assert len(server.requests) == before + 1  # nothing is tried again
+
+
+@pytest.mark.parametrize("text", ["max_tokens is too large: 512. The context has 400 tokens.", "no such model",
+                                  "Unsupported parameter: max_completion_tokens", "Unknown model. A temperature is fine."])
+def test_any_other_bad_request_stays_a_refusal(text, serve, capsys):
+    server = serve(lambda *_: (400, text.encode()))
+    [(_, reply, why)] = Server(server.url, "m")(["x"], [1])
+    assert reply is None and why == f"HTTP 400 {text}" and len(server.requests) == 1 and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("reply, words", [
+    ((200, b'{"error": {"message": "the model is \\u00fcberlastet", "code": 529}}'), "the model is überlastet"),
+    (said(None, refusal="I will not compare these."), "I will not compare these."),
+    (said(None, tool_calls=[{"function": {"name": "vote"}}]), "tool_calls"),
+    (said(None, "stop", reasoning_content="Let me see"), "Let me see"),
+    (said(None, "content_filter"), "content_filter"), (said([{"type": "text", "text": "hm"}]), "hm"),
+    ((200, b'{"choices": [{"message": "text"}]}'), "ValueError"), (said(None, refusal="\ud800 no"), "no"),
+])  # fmt: skip
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_reply_without_text_says_why_in_the_servers_words(whole, reply, words, serve):
+    [(_, text, why)] = Server(serve(lambda *_: reply).url, "m", tries=2, pause=0.01, whole=whole)(["x"])
+    assert not text and words in why and why.encode()
+
+
+@pytest.mark.parametrize("finish, whole, expected", [
+    (None, True, "text"), ("stop", True, "text"), ("length", False, "text"), ("length", True, ""),
+    ("content_filter", True, ""), ("tool_calls", True, ""), ("eos", True, "")])  # fmt: skip
+def test_a_whole_reply_is_one_that_has_stopped_by_itself(finish, whole, expected, serve):
+    [(_, text, why)] = Server(serve(lambda *_: said("text", finish)).url, "m", whole=whole)(["x"])
+    assert text == expected and (why is None) == (expected == "text")
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("plain", "plain"), (" as it is\n", " as it is\n"), ("<think>a</think>b", "b"), ("a\n</think>\n\nb", "b"),
+    ("<think>a</think>b<think>c</think>d", "d"), ("<think>a", ""), ("\n<think>\na", ""), ("<think>a</think><think>b", ""),
+    ("What does <think> mean?", "What does <think> mean?"), ("<think>a</think>", ""), ("", "")])  # fmt: skip
+def test_thoughts_are_not_spoken(text, expected):
+    assert spoken(text) == expected
+
+
+ODD = "sk+/8=%a\"b<é"[:10]  # of the least length that is hidden and more, with characters that are escaped
+
+
+def forms(key):
+    """How a key can come back."""
+    everywhere = "".join(f"\\u{ord(c):04X}" for c in key)
+    yield from (key, f"Bearer {key}", json.dumps(key), everywhere, json.dumps(everywhere), key.replace("/", "\\/"))
+    yield from (quote(key, safe=""), quote(key), quote(quote(key, safe=""), safe=""), "".join(f"%{ord(c):02x}" for c in key))
+    for before in ("", "a", "ab", "Bearer ", "user:"):
+        for after in ("", "x", "xy"):
+            for encode in (base64.b64encode, base64.urlsafe_b64encode):
+                yield encode((before + key + after).encode()).decode()
+                yield quote(encode((before + key + after).encode()).decode(), safe="")
+
+
+def shows(text, key):
+    """Whether `text` has 6 characters of a key that somebody can read."""
+    seen, texts = set(), [text]
+    while texts:
+        text = texts.pop()
+        if text not in seen and len(seen) < 200:
+            seen.add(text)
+            texts += [unquote(text), re.sub(r"\\+u([0-9a-fA-F]{4})", lambda found: chr(int(found[1], 16)), text),
+                      text.replace("\\", "")]  # fmt: skip
+            for run in re.findall(r"[\w+/-]{8,}", text):
+                for start in range(4):
+                    part = run[start:].replace("-", "+").replace("_", "/")
+                    texts.append(base64.b64decode(part[: len(part) // 4 * 4]).decode(errors="replace")) if part.isascii() else None
+    return any(key[i : i + 6] in text for text in seen for i in range(len(key) - 5))
+
+
+@pytest.mark.parametrize("key", [KEY, ODD, "12345678", "a/b+c/d+e/f=="])
+def test_a_key_is_hidden_in_whatever_form_it_comes_back(key, serve, monkeypatch):
+    key = key.encode("ascii", "ignore").decode()
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    all_forms = list(dict.fromkeys(forms(key)))
+    assert all(shows(form, key) for form in all_forms)  # the check can see them
+    replies = []
+    for form in all_forms:
+        replies += [said(f"it is {form} ."), (403, f"it is {form} .".encode()), (400, f"unknown: seed {form}".encode()),
+                    (200, json.dumps({"error": form}).encode()), said(None, refusal=f"it is {form}")]  # fmt: skip
+    ask = Server(serve(lambda prompt, _: replies[int(prompt)]).url, "m", tries=2, pause=0.01, threads=2)
+    for i, text, why in ask([str(i) for i in range(len(replies))], allowed=9999):
+        assert "***" in (text or why) and not shows(text or why, key), replies[i]
+    error = ask.one_line(f"ValueError {key} and {key!r}")
+    assert not shows(error, key)
+
+
+def test_hiding_a_key_takes_time_linear_in_the_reply():
+    start = time.monotonic()
+    for text in ("\\", "%25", "%", "s", "c2st", "\\u0073", "="):
+        echo(KEY).sub("***", text * (1_000_000 // len(text)))
+    assert time.monotonic() - start < 5
+
+
+def test_a_key_that_comes_in_many_packets_is_hidden(serve):
+    status, data = said(f"it is {KEY} .")
+    assert list(Server(serve(lambda *_: (status, data, 0.001)).url, "m")(["x"])) == [(0, "it is *** .", None)]
+
+
 # --- a checkpoint as the judge ----------------------------------------------------------------------------------
 
 
@@ -249,15 +539,21 @@ def talker(tokenizers, tmp_path):
     return path
 
 
-def test_a_local_checkpoint_judges_and_its_babble_is_unparsable(talker, cfg, tmp_path, monkeypatch):
-    monkeypatch.setattr(judges, "ANSWER_TOKENS", 8)
-    local = judges.local_judge(talker, replace(cfg, max_length=1024, wave=1, eval_wave=4))
+def test_a_local_checkpoint_judges_and_its_babble_stops_the_run(talker, cfg, tmp_path, monkeypatch):
+    local = judges.local_judge(talker, replace(cfg, max_length=1024, wave=1, eval_wave=4), 8)
     real, sizes = local.engine.answer_ids, []
     monkeypatch.setattr(local.engine, "answer_ids", lambda rows: sizes.append(len(rows)) or real(rows))
+    with pytest.raises(BadInput, match="the judge failed 6 of 6 questions .an empty or unfinished reply"):
+        LLMJudge(local, "local", str(tmp_path / "cut"))(A, B)  # its 8 tokens have no end
+    assert sizes == [4, 2] and everything_in(tmp_path / "cut") == ""
+    local.whole = False
+    with monkeypatch.context() as patch:
+        patch.setattr(ask, "spoken", lambda text: "Preferred: A")  # what Local gives is what is spoken
+        assert list(local(["x"])) == [(0, "Preferred: A", None)]
     judge = LLMJudge(local, "local", str(tmp_path / "verdicts"))
-    assert judge(A, B).tolist() == [0.5] * 4 and judge.counts["unparsable"] == 6
-    replies = judge.kept()
-    assert sizes == [4, 2] and len(replies) == 6 and LLMJudge(None, "local", str(tmp_path / "verdicts"))(A, B).tolist() == [0.5] * 4
+    with pytest.raises(BadInput, match="6 of 6 replies of the judge have no verdict"):
+        judge(A, B)
+    assert len(judge.kept()) == 6
     local.engine.max_length = 300
     with pytest.raises(BadInput, match="context"):
         LLMJudge(local, "short", str(tmp_path / "verdicts"))(A, B)
