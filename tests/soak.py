@@ -20,6 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PHASES = ["base policy", "roll-in", "roll-out", "rewards", "log-probs", "training", "saving", "evaluation"]
+MOMENTS = {"rewards": 0.02, "log-probs": 0.02, "saving": 0.02, "training": 0.1}  # seconds into a short phase
 CHECKPOINT_STEPS = 3
 FLAGS = f"""--setting toy --engine transformers --num-prompts 96 --wave 24 --batch-size 8 --iterations 2 --max-turns 3
             --checkpoint-steps {CHECKPOINT_STEPS} --eval-dialogues 16 --lr 1e-3 --user-model scripted --out run"""
@@ -205,7 +206,7 @@ def main(out, ranks=1, kills=20, seed=0):
         if pid is None:
             done.append((phase, name, target, "the run had ended"))
             break
-        time.sleep(rng.uniform(0, 0.02 if phase in ("rewards", "saving") else 0.4))
+        time.sleep(rng.uniform(0, MOMENTS.get(phase, 0.4)))
         if target == "server":
             server.send_signal(getattr(signal, name))
             server.wait()
