@@ -11,7 +11,6 @@ import machinery  # noqa: F401  (first: it sets what torch and vLLM read when th
 
 import math
 import os
-import traceback
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +22,7 @@ from machinery import data, rewards, users
 from machinery.engines import engine_name, load_engine
 from machinery.files import BadInput, check_positions, find_checkpoint, fingerprint, versions
 from machinery.ranks import barrier, one_line, rank, start_processes
+from machinery.seams import ask, score
 from machinery.settings import read_config, seed_for
 from machinery.template import checked, encode, end_token, later_ids, load_tokenizer, opening_ids
 
@@ -162,63 +162,6 @@ def rollout(dialogues, policy, user, turns):
                 d.add_user(policy.tokenizer, text)
         active = [d for d in active if not d.failed]
     return dialogues
-
-
-def ask(user, dialogues):
-    """The user's turns: checked where they enter, since a reply too few would be given to another dialogue."""
-    texts = of_each(user.reply, dialogues, "--user")
-    for d, text in zip(dialogues, texts, strict=True):
-        if text is not None and not (isinstance(text, str) and text.strip()):
-            raise BadInput(f"--user gave {text!r} as a turn (None would be no turn): {opening(d)}")
-    return texts
-
-
-def score(reward, dialogues):
-    """Rewards as floats, None for a dialogue that is too long for the reward model; checked where they enter."""
-    scores = []
-    for d, r in zip(dialogues, of_each(reward, dialogues, "--reward"), strict=True):
-        try:
-            scores.append(r if r is None else float(r))
-        except (TypeError, ValueError):
-            raise BadInput(f"--reward gave {r!r} where a number is due: {opening(d)}") from None
-        if isinstance(r, (str, bytes)):
-            raise BadInput(f"--reward gave {r!r} where a number is due: {opening(d)}")
-        if r is not None and not math.isfinite(scores[-1]):
-            raise BadInput(f"the reward of a dialogue is not finite ({r}): {opening(d)}")
-    return scores
-
-
-def of_each(function, dialogues, flag):
-    """What a user's or a reward's function gives for a batch: as many values as dialogues."""
-    try:
-        values = function(dialogues)
-    except BadInput:
-        raise
-    except MISTAKES as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        raise BadInput(f"{flag} failed at {where.filename}:{where.lineno} with {type(error).__name__} {error}; "
-                       f"{culprit(function, dialogues)}") from error  # fmt: skip
-    if not hasattr(values, "__len__") or isinstance(values, (str, bytes, dict)) or len(values) != len(dialogues):
-        given = f"{len(values)} values" if hasattr(values, "__len__") else f"a {type(values).__name__}"
-        raise BadInput(f"{flag} gave {given} for {len(dialogues)} dialogues: a list with one for each is due")
-    return list(values)
-
-
-MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NameError)
-
-
-def culprit(function, dialogues):
-    """The first dialogue with which the function fails alone."""
-    for d in dialogues:
-        try:
-            function([d])
-        except MISTAKES:
-            return opening(d)
-    return "with no dialogue alone"
-
-
-def opening(dialogue):
-    return f"the dialogue that begins with {dialogue.messages[0]['content'][:200]!r}"
 
 
 def futures(starts, h, H, streams, policy, user, dropped):
@@ -446,13 +389,13 @@ def show(first, second, h, scores, tokenizer):
     lines = [f"h = {h} of H = {len(first.spans)}, prefix of {len(first.reset(h).ids)} tokens"]
     for m in first.messages[: 2 * h - 1]:
         lines.append(f"   {m['role']:10s} {m['content']}")
-    for name, d, score in zip(("y ", "y'"), (first, second), scores):
+    for name, d, earned in zip(("y ", "y'"), (first, second), scores, strict=True):
         ids = d.answer(h)
         lines.append(f"{name} {len(ids)} sampled tokens: {tokenizer.convert_ids_to_tokens(ids)}")
         for m in d.messages[2 * h - 1 :]:
             lines.append(f"   {m['role']:10s} {m['content']}")
-        earned = "too long for the reward model" if score is None else f"reward {score:.3f}"
-        lines.append(f"   {earned}{'  (an answer was cut)' if any(d.truncated) else ''}")
+        lines.append("   too long for the reward model" if earned is None else f"   reward {earned:.3f}")
+        lines[-1] += "  (an answer was cut)" if any(d.truncated) else ""
     return "\n".join(lines)
 
 
@@ -470,7 +413,7 @@ def main(argv=None):
         if not found:
             raise BadInput(f"no dialogue is left of {cfg.num_prompts} prompts: {dict(dropped)}")
         for first, second, turn in found:
-            print(show(first, second, turn, reward([first, second]), policy.tokenizer), end="\n\n")
+            print(show(first, second, turn, score(reward, [first, second]), policy.tokenizer), end="\n\n")
 
 
 if __name__ == "__main__":

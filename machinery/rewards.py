@@ -12,6 +12,7 @@ import torch
 
 from machinery.files import BadInput, find_checkpoint, read_json, read_weights, weight_names
 from machinery.ranks import add_up, device, dtype, rank, world
+from machinery.seams import score
 from machinery.template import encode, encode_plain
 
 
@@ -169,7 +170,7 @@ def shared(reward):
         new = {key: d for key, d in zip(keys, dialogues) if key not in known}
         mine = slice(rank(), None, world())
         score_N = torch.zeros(len(new), dtype=torch.float64)
-        score_N[mine] = torch.tensor(reward(list(new.values())[mine]), dtype=torch.float64)
+        score_N[mine] = torch.tensor(score(reward, list(new.values())[mine]), dtype=torch.float64)
         known.update(zip(new, add_up(score_N).tolist()))
         return [known[key] for key in keys]
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -315,6 +316,7 @@ def fails_on_two(ds):
     (lambda ds: [1.0, "2", 3.0], ("--reward", "'2'", "opening 1")),
     (lambda ds: [1.0, "", 3.0], ("--reward", "''", "opening 1")),
     (lambda ds: [1.0, [], 3.0], ("--reward", "[]", "opening 1")),
+    (lambda ds: np.zeros((3, 2)), ("--reward", "opening 0")),
     (lambda ds: [1.0, 2.0, float("nan")], ("not finite", "opening 2")),
     (fails_on_two, ("--reward failed at", "test_run.py", "ZeroDivisionError", "opening 2")),
 ])  # fmt: skip
