@@ -50,7 +50,7 @@ class Engine:
 class TransformersEngine(Engine):
     """transformers' generate: runs everywhere, slowly. Left-padded batches, sorted by length.
 
-    The keys and values of the last batch are kept: dialogues that all go on from it, as they do turn by turn within a
+    The keys and values of the last batch are kept: dialogues that all continue it, as they do turn by turn within a
     wave, compute only what is new to them."""
 
     def __init__(self, path, max_new_tokens, temperature, max_length, batch=512):
@@ -106,7 +106,7 @@ class TransformersEngine(Engine):
 
     def continued(self, prompts):
         """How many ids of each prompt the last batch has computed, their mask (left-padded), and their keys and values;
-        None unless every prompt goes on from one of its rows."""
+        None unless every prompt continues one of its rows."""
         from transformers.cache_utils import DynamicLayer
 
         (rows, mask_BT, cache), self.past = self.past or ({}, None, None), None

@@ -291,7 +291,7 @@ def sync(path):
 def not_written(path, error):
     why = getattr(error, "strerror", None) or error
     return BadInput(f"cannot write {path} ({why}); what was finished is kept: make room and run the same command again "
-                    "to go on")  # fmt: skip
+                    "to resume")  # fmt: skip
 
 
 def write_file(path, text):

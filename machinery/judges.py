@@ -169,7 +169,7 @@ class LLMJudge:
         if len(reasons) > FAILURES * len(missing):  # those few count as ties, and are asked again next time
             why = next(filter(None, reasons))
             raise BadInput(f"the judge failed {len(reasons)} of {len(missing)} questions ({why}); its other answers "
-                           "are kept: run the same command again to go on")  # fmt: skip
+                           "are kept: run the same command again to resume")  # fmt: skip
         barrier()
         known = self.kept()
         return {p: known[self.key(p)] for p in prompts if self.key(p) in known}
@@ -178,7 +178,7 @@ class LLMJudge:
         return hashlib.blake2b(f"{self.model}\0{prompt}".encode("utf-8", "replace"), digest_size=16).hexdigest()
 
     def kept(self):
-        """{key: reply} of the folder; a torn line is no line."""
+        """{key: reply} of the folder; a line that was cut by a kill does not count."""
         known = {}
         for path in glob.glob(os.path.join(self.folder, "*.jsonl")):
             with open(path, encoding="utf-8", errors="replace") as file:

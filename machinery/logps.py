@@ -173,7 +173,7 @@ def attend_in_pairs(model):
 
 def pair_attention(module, query, key, value, attention_mask, lengths, scaling=None, dropout=0.0, **kwargs):
     """Attention of pack's row, (1, heads, T, head_dim): each pair for itself, [s_h, y] causal, y' on s_h and causal on
-    itself. Nothing is computed that nobody looks at, and no mask of the whole row exists."""
+    itself. Nothing is computed that is not used, and there is no mask of the whole row."""
     attend = partial(scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
     groups = query.shape[1] // key.shape[1]  # query heads for each key-value head
     pieces = [n for s, y, y2 in lengths for n in (s + y, y2)]

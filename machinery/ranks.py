@@ -67,7 +67,7 @@ def start_processes():
     check_environment()
     if "RANK" in os.environ:
         if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-            # a rank whose torchrun was killed would wait for the others, and hold its GPU, until nobody knows when
+            # a rank whose torchrun was killed would wait for the others for hours, and hold its GPU
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
             if os.getppid() != PARENT:
                 raise BadInput("torchrun is gone")
@@ -163,11 +163,11 @@ def one_line(script):
         yield
     except KeyboardInterrupt:
         if first_to_fail():
-            print(f"{script}: stopped; the same command goes on from here", file=sys.stderr, flush=True)
+            print(f"{script}: stopped; the same command resumes from here", file=sys.stderr, flush=True)
         os._exit(130)  # not waiting for threads that wait for a server
     except (BadInput, OSError) as error:
         if first_to_fail():
-            hint = "" if isinstance(error, BadInput) else " (what was finished is kept: the same command goes on)"
+            hint = "" if isinstance(error, BadInput) else " (what was finished is kept: the same command resumes)"
             print(f"{script}: {' '.join(str(error).split())}{hint}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except RuntimeError:

@@ -38,7 +38,7 @@ def check_folder(cfg, made_of):
         state = os.path.join(cfg.out, "training", "step.json")
         ranks = files.read_json(state)["ranks"] if os.path.exists(state) else world()
         if ranks != world():
-            raise BadInput(f"{cfg.out} was trained by {ranks} processes: go on with as many")
+            raise BadInput(f"{cfg.out} was trained by {ranks} processes: resume with as many")
     elif os.path.exists(cfg.out):
         if not os.path.isdir(cfg.out) or set(os.listdir(cfg.out)) - STARTED:
             raise BadInput(f"--out {cfg.out} exists and is not a run's folder")

@@ -48,8 +48,8 @@ def start(path, log, room, memory):
 
 
 class Served(Server):
-    """The node's own server, asked like any other. Once it has ended nobody waits for it: the run stops in one line, and
-    its own command starts both again and goes on from the last finished wave."""
+    """The node's own server, asked like any other. Once it has ended, the run stops in one line, and
+    its own command starts both again and resumes at the last finished wave."""
 
     trust_env = False  # no proxy knows this machine's loopback interface
 
@@ -61,7 +61,7 @@ class Served(Server):
         for i, reply, why in super().__call__(prompts, seeds, allowed):
             if reply is None and ended(self.log):
                 raise BadInput(report(self.log, self.path, "has ended under the run (finished waves are kept: run the "
-                                                           "same command again to go on)"))  # fmt: skip
+                                                           "same command again to resume)"))  # fmt: skip
             yield i, reply, why
 
 
@@ -138,7 +138,7 @@ def ended(log):
 
 
 def report(log, path, what):
-    """One line that names the server, what befell it and the first error of its log; the rank that has started it shows
+    """One line that names the server, what happened to it and the first error of its log; the rank that has started it shows
     the log's end before."""
     lines = tail(log, 400)
     errors = [line for line in lines if re.search(r"\b\w*(Error|Exception): ", line) and "WARNING" not in line]

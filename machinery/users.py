@@ -148,4 +148,4 @@ def check_failures(failed, dialogues, cfg):
     """A run in which the user fails too often is stopped: what is left would be another distribution of dialogues."""
     if failed > math.ceil(cfg.max_failures * dialogues):
         raise BadInput(f"--user {cfg.user} failed in {failed} of {dialogues} dialogues; --max-failures is "
-                       f"{cfg.max_failures:g} (finished waves are kept: run the same command again to go on)")  # fmt: skip
+                       f"{cfg.max_failures:g} (finished waves are kept: run the same command again to resume)")  # fmt: skip

@@ -3,7 +3,7 @@ undisturbed one. With 1 a plain process, with 2 torchrun and two ranks; the user
 
 A kill is SIGKILL, SIGTERM or SIGINT of the process (or a rank, or torchrun, or the server) at a random moment of a phase:
 base policy, roll-in, roll-out, rewards, log-probs, training, saving, evaluation. After each: no process is left, every
-file that has its final name is whole; the same command goes on. At the end: the same files (one process: bit for bit; two
+file that has its final name is whole; the same command resumes. At the end: the same files (one process: bit for bit; two
 ranks: equal pairs, log-probs to 1e-5), at most checkpoint_steps steps and one wave a rank done twice for a kill. Prints a
 row a kill and a summary; exit code 1 where any of that fails."""
 import hashlib

@@ -62,7 +62,7 @@ def test_a_disk_that_is_full_at_any_write_is_one_line_and_with_room_the_run_goes
         assert f"'{kind}'" in met[2], kind
     lines = [line for line in done.stderr.splitlines() if line.startswith("refuel.py: cannot write ")]
     assert len(lines) == int(met[1]) >= 13 and "Traceback" not in done.stderr
-    assert all("File too large" in line and "go on" in line for line in lines)
+    assert all("File too large" in line and "to resume" in line for line in lines)
     undisturbed, full = map(run_folder, out)
     assert undisturbed.keys() == full.keys() and all(undisturbed[name] == full[name] for name in undisturbed)
 
