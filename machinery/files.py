@@ -16,6 +16,9 @@ import shutil
 from pathlib import Path
 
 
+INDEX = "model.safetensors.index.json"  # says which file holds which weight
+
+
 class BadInput(ValueError):
     """Something the user of the program can mend: shown as one line, exit code 2, no traceback."""
 
@@ -57,7 +60,9 @@ def find_checkpoint(path):
     from huggingface_hub import snapshot_download
 
     with from_hub(f"no folder {path}"):
-        return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.jinja"])
+        folder = snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "tokenizer*", "*.jinja"])
+    check_weights(folder)
+    return folder
 
 
 def check_links(path):
@@ -80,31 +85,43 @@ def config_file(path):
 
 
 def check_weights(path):
-    """Every weight file of a checkpoint is there and whole: a copy that was cut short is found before it is loaded."""
+    """Every weight file of a checkpoint is there and whole, and no weight is there twice: a copy that was cut short is
+    found before it is loaded."""
     from safetensors import SafetensorError
 
-    index = os.path.join(path, "model.safetensors.index.json")
+    index = os.path.join(path, INDEX)
     if os.path.exists(index):
         absent = set(read_json(index)["weight_map"].values()) - set(os.listdir(path))
         if absent:
             raise BadInput(f"{path} lacks {', '.join(sorted(absent))}")
     try:
-        list(weight_names(path))
+        check_duplicates(path)
     except SafetensorError as error:
         raise BadInput(f"{path} has a weight file that is not whole: {error}") from None
 
 
-def check_positions(path, cfg):
-    """A policy's configuration loads, without any code of its own, and its context holds --max-length."""
+def load_config(path):
+    """A checkpoint's configuration, without any code of its own."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError) as error:
         raise BadInput(f"{path} has no config.json that loads: {brief(error)}") from None
-    positions = getattr(config, "max_position_embeddings", math.inf)
+
+
+def check_positions(path, cfg):
+    """A policy's configuration loads, and its context holds --max-length."""
+    positions = getattr(load_config(path), "max_position_embeddings", math.inf)
     if cfg.max_length > positions:
         raise BadInput(f"--max-length {cfg.max_length}: {path} has {positions} positions")
+
+
+def check_finite(path, name, tensor):
+    """NaN and infinity are never trained, saved, sampled from or measured."""
+    if not tensor.isfinite().all():
+        raise BadInput(f"{path}: {name} is not finite")
 
 
 def read_weights(path, prefixes=("",)):
@@ -115,22 +132,57 @@ def read_weights(path, prefixes=("",)):
         with safe_open(file, "pt") as weights:
             for name in weights.keys():
                 if name.startswith(prefixes):
-                    yield name, weights.get_tensor(name)
+                    tensor = weights.get_tensor(name)
+                    check_finite(path, name, tensor)
+                    yield name, tensor
 
 
-def weight_names(path):
+def weight_shapes(path):
+    """(name, shape) of every weight, from the files' headers."""
     from safetensors import safe_open
 
     for file in weight_files(path):
         with safe_open(file, "pt") as weights:
-            yield from weights.keys()
+            for name in weights.keys():
+                yield name, weights.get_slice(name).get_shape()
+
+
+def weight_names(path):
+    for name, _ in weight_shapes(path):
+        yield name
 
 
 def weight_files(path):
-    found = sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors")))
+    """A checkpoint's weight files: those that its index names, or model.safetensors, or the only one that there is."""
+    index = os.path.join(path, INDEX)
+    if os.path.exists(index):
+        return [os.path.join(path, name) for name in sorted(set(read_json(index)["weight_map"].values()))]
+    found = all_safetensors(path)
     if not found:
         raise BadInput(f"{path} has no safetensors; other weight files can carry code and are not read")
-    return found
+    main = os.path.join(path, "model.safetensors")
+    return [main] if main in found else found
+
+
+def all_safetensors(path):
+    return sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors")))
+
+
+def check_duplicates(path):
+    """No weight is stored twice: vLLM reads every file of a folder without an index, so one copy would be trained and
+    the other one sampled."""
+    from safetensors import safe_open
+
+    indexed = os.path.exists(os.path.join(path, INDEX))  # vLLM, too, then reads the files that the index names
+    found = {}
+    for file in weight_files(path) if indexed else all_safetensors(path):
+        here = os.path.basename(file)
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():
+                if name in found:
+                    raise BadInput(f"{path}: {found[name]} and {here} both hold {name}: which of them is the policy? "
+                                   "Move the other one away")  # fmt: skip
+                found[name] = here
 
 
 @functools.lru_cache
