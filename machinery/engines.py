@@ -14,6 +14,7 @@ import torch
 from machinery import plan
 from machinery.files import BadInput
 from machinery.ranks import device, dtype, world
+from machinery.settings import engine_name
 from machinery.template import load_tokenizer, stop_tokens
 
 
@@ -253,7 +254,10 @@ def cache_bytes(path):
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    return 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * 4 * config.num_hidden_layers * groups * head_dim
 
 
 @functools.lru_cache
@@ -270,13 +274,6 @@ def kind(path):
 def gpu_share(cfg, who):
     """The part of a GPU's memory that vLLM may take for the policy or the user; plan.py computes it."""
     return plan.engine_share(cfg, who) if torch.cuda.is_available() else None
-
-
-def engine_name(cfg):
-    """What --engine auto is here: vllm where it is installed."""
-    if cfg.engine != "auto":
-        return cfg.engine
-    return "vllm" if importlib.util.find_spec("vllm") else "transformers"
 
 
 def load_engine(path, cfg, who="policy"):

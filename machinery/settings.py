@@ -2,6 +2,7 @@
 import argparse
 import difflib
 import hashlib
+import importlib.util
 import math
 import re
 from dataclasses import dataclass, fields
@@ -185,10 +186,27 @@ def is_hh(name):
     return re.search(r"(?i)(?<![a-z])hh(?![a-z])", name) is not None
 
 
+def engine_name(cfg):
+    """What --engine auto is here: vllm where it is installed."""
+    if cfg.engine != "auto":
+        return cfg.engine
+    return "vllm" if importlib.util.find_spec("vllm") else "transformers"
+
+
 POSITIVE = """num_prompts max_turns max_new_tokens eta lr temperature epochs micro_tokens checkpoint_steps wave
               eval_wave eval_dialogues user_tokens reward_tokens max_dialogue user_temperature""".split()
 NOT_NEGATIVE = "weight_decay seed snapshot_steps policy_every train_layers gamma".split()
 CHOICES = {"engine": ("auto", "vllm", "transformers"), "activation_checkpointing": ("none", "selective", "full")}
+
+
+# AdamW squares the gradient, which Eq. 1 divides by eta^2, and compares its root with epsilon / eta^2. At 1e5 the
+# square of the smallest gradient that epsilon lets through, (1e-8 / eta^2)^2 = 1e-36, is a normal float32 (1.2e-38 or
+# more); at 1e-5 one of 1e9 still has a square (3.4e38). Beyond, weights become NaN or move by far more than lr.
+ETA = 1e-5, 1e5
+# AdamW moves each weight by about lr: less than 1e-9 is lost in the rounding of a weight of 0.02, and 0.1 is more than
+# most weights of a language model are.
+LR = 1e-9, 0.1
+VLLM_TEMPERATURE = 0.01  # vLLM samples at this one where a lower one is asked for
 
 
 def check(cfg):
@@ -204,6 +222,11 @@ def check(cfg):
         demand(0 <= getattr(cfg, name) < math.inf, name, "0 or more")
     for name, (*most, last) in CHOICES.items():
         demand(getattr(cfg, name) in (*most, last), name, f"{', '.join(most)} or {last}")
+    for name, (low, high) in {"eta": ETA, "lr": LR}.items():
+        demand(low <= getattr(cfg, name) <= high, name, f"in [{low:g}, {high:g}], where AdamW works in float32")
+    demand(cfg.lr * cfg.weight_decay < 1, "weight_decay", f"less than 1 / --lr {cfg.lr:g}")
+    demand(cfg.temperature >= VLLM_TEMPERATURE or engine_name(cfg) != "vllm", "temperature",
+           f"at least {VLLM_TEMPERATURE:g}, below which vLLM samples at another one (or take --engine transformers)")
     one_pass = cfg.iterations == 0 and cfg.one_training
     demand(cfg.iterations > 0 or one_pass, "iterations", "positive (in setting two, 0 is one pass)")
     demand(math.isfinite(cfg.penalty), "penalty", "a number")
