@@ -25,7 +25,7 @@ from dataclasses import replace
 import numpy as np
 
 import simulator
-from machinery import engines, files, fsdp
+from machinery import engines, families, files, fsdp
 from machinery.ask import Server
 from machinery.files import BadInput, read_weights, write_file
 from machinery.judges import ANTHROPIC_HH, ULTRAINTERACT, LLMJudge, local_judge
@@ -232,6 +232,8 @@ def play(file, path, prompts, policy, user, cfg):
         if engines.kind(path) == engines.kind(policy.tokenizer.name_or_path):
             policy.update(read_weights(path))
         else:
+            for _ in read_weights(path):  # which are finite: an engine would play with any
+                pass
             policy = engines.load_engine(path, cfg)
             prompts = [Dialogue.start(policy.tokenizer, p.messages[0]["content"], p.secret, p.stream, p.limit)
                        for p in prompts]  # fmt: skip
@@ -373,6 +375,8 @@ def main(argv=None):
         cfg = simulator.prepare(replace(cfg, policy=cfg.reference), trains=False)
         for path in policies.values():
             files.check_positions(path, cfg)
+            if engines.kind(path) == engines.kind(cfg.reference):  # its KL will be measured
+                families.check_policy(path)
         claim(cfg.out, {"base": cfg.reference, **policies}, cfg)
         judge = load_judge(judge, judge_model, cfg, judge_tokens)
         policy, user, reward = simulator.load_cast(cfg)

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 import toy
-from machinery import data, rewards, users
-from machinery.engines import engine_name, load_engine
+from machinery import data, families, rewards, users
+from machinery.engines import load_engine
 from machinery.files import BadInput, check_positions, find_checkpoint, fingerprint, versions
 from machinery.ranks import barrier, one_line, rank, start_processes
 from machinery.seams import ask, score
-from machinery.settings import read_config, seed_for
+from machinery.settings import engine_name, read_config, seed_for
 from machinery.template import checked, encode, end_token, later_ids, load_tokenizer, opening_ids
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -217,6 +217,8 @@ def prepare(cfg, trains=True):
     for name in ("policy", "reference"):
         cfg = replace(cfg, **{name: checkpoint(getattr(cfg, name))})
         check_positions(getattr(cfg, name), cfg)
+    for path in {cfg.policy, cfg.reference}:
+        families.check_policy(path)
     tokenizer = load_tokenizer(cfg.policy)
     if trains:
         check_room(train_prompts(cfg, tokenizer, 1), cfg, tokenizer)

@@ -12,10 +12,10 @@ from types import MethodType
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from machinery import files
+from machinery import families, files
 from machinery.files import BadInput
 from machinery.logps import attend_in_pairs, token_logps
-from machinery.ranks import barrier, device, rank, world
+from machinery.ranks import barrier, device, dtype, rank, world
 
 
 def load_policy(path, cfg):
@@ -23,14 +23,11 @@ def load_policy(path, cfg):
 
     Built on the meta device; each rank then reads its own slice of every weight from the safetensors, so nobody ever
     holds the whole model."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if not (hasattr(model, "lm_head") and hasattr(getattr(model, "model", None), "rotary_emb")):
-        raise BadInput(f"{path} is a {config.model_type}, and only policies of Llama's shape are trained here")
+    model = families.build(path)
+    families.check_stored(model, path)
+    own_attention = model.config._attn_implementation
     attend_in_pairs(model)
+    families.remove_dropout(model)
     if cfg.train_layers:  # Paper: the last four layers. (Released code: the last norm and lm_head besides.)
         model.requires_grad_(False)
         model.model.layers[-cfg.train_layers :].requires_grad_(True)
@@ -38,9 +35,9 @@ def load_policy(path, cfg):
         checkpoint_activations(model, cfg.activation_checkpointing)
     shard(model, cfg.replicas)
     model.to_empty(device=device())
-    # buffers that no checkpoint holds (rotary frequencies) are garbage after to_empty
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device())
+    families.fill_buffers(model)
     read_slices(model, path)
+    families.check_forward(model, path, own_attention, dtype())
     return model
 
 
@@ -118,24 +115,35 @@ def exchanged(model, weights):
 def read_slices(model, path):
     from safetensors import safe_open
 
-    missing = dict(model.named_parameters())
+    read, names = {}, dict(model.named_parameters(remove_duplicate=False))  # a tied lm_head.weight is its embedding
     for file in files.weight_files(path):
         with safe_open(file, "pt") as weights:
-            for name in missing.keys() & weights.keys():
-                p, stored = missing.pop(name), weights.get_slice(name)
+            for name in sorted(names.keys() & weights.keys()):
+                p, stored = names[name], weights.get_slice(name)
+                if stored.get_shape() != list(p.shape):
+                    raise BadInput(f"{path}: {name} is {stored.get_shape()}, and the model's is {list(p.shape)}")
                 local, mesh, rows = p.to_local(), p.device_mesh, stored.get_shape()[0]
                 n, i = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)  # shards, and which is this rank's
                 start = min(i * -(-rows // n), rows)  # FSDP2 cuts dimension 0 as torch.chunk does
+                mine = stored[start : start + len(local)].to(local)
+                files.check_finite(path, name, mine)
+                if p in read and not torch.equal(local, mine):
+                    raise BadInput(f"{path} ties {name} to {read[p]} and holds another {name}")
                 if len(local):
-                    local.copy_(stored[start : start + len(local)])
+                    local.copy_(mine)
+                read[p] = name
+    missing = [name for name, p in names.items() if p not in read]
     if missing:
         raise BadInput(f"{path} lacks {len(missing)} weights, {sorted(missing)[0]} among them")
 
 
 def full_weights(model):
-    """(name, unsharded tensor) one at a time, in the checkpoint's names; every rank must go through all of them."""
+    """(name, unsharded tensor) one at a time, in the checkpoint's names; every rank must go through all of them.
+    Weights that are not finite go nowhere: neither into a file nor into an engine."""
     for name, p in model.named_parameters():
-        yield name, p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
+        full = p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
+        files.check_finite("the policy in training", name, full)
+        yield name, full
 
 
 def save_policy(path, model, start):
@@ -176,8 +184,11 @@ def save_training(folder, model, optimizer, step):
 
     folder = os.path.join(folder, "training")
     os.makedirs(folder, exist_ok=True)
+    state = training_state(model, optimizer)
+    for name, tensor in state.items():
+        files.check_finite("the training in progress", name, tensor)
     with files.writing(os.path.join(folder, f"step_{step}_rank_{rank()}.safetensors")) as partial:
-        save_file(training_state(model, optimizer), partial)
+        save_file(state, partial)
     barrier()
     if rank() == 0:
         files.write_file(os.path.join(folder, "step.json"), json.dumps({"step": step, "ranks": world()}))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from machinery.files import BadInput
 from machinery.ranks import add_up, rank, world
 
 
@@ -171,22 +172,50 @@ def attend_in_pairs(model):
     return model
 
 
-def pair_attention(module, query, key, value, attention_mask, lengths, scaling=None, dropout=0.0, **kwargs):
+PASSED_ALONG = {"position_ids", "use_cache", "is_causal", "output_attentions"}  # what changes nothing here
+
+
+def pair_attention(module, query, key, value, attention_mask, lengths=None, scaling=None, dropout=0.0,
+                   sliding_window=None, **more):  # fmt: skip
     """Attention of pack's row, (1, heads, T, head_dim): each pair for itself, [s_h, y] causal, y' on s_h and causal on
-    itself. Nothing is computed that is not used, and there is no mask of the whole row."""
-    attend = partial(scaled_dot_product_attention, dropout_p=dropout, scale=scaling)
+    itself, both within the layer's window if it has one. Nothing is computed that is not used, and there is no mask of the
+    whole row. Dropout is left out: ln pi is no random number."""
+    strange = [name for name, value in more.items() if value is not None and name not in PASSED_ALONG]
+    if attention_mask is not None:
+        strange.append("attention_mask")
+    if strange:  # soft caps, sinks, biases of positions: left out they would change ln pi unseen
+        raise BadInput(f"its attention wants {', '.join(strange)}")
+    if lengths is None:
+        raise BadInput("its attention is not told the lengths")
+    attend = partial(scaled_dot_product_attention, scale=scaling)
     groups = query.shape[1] // key.shape[1]  # query heads for each key-value head
     pieces = [n for s, y, y2 in lengths for n in (s + y, y2)]
     q, k, v = (x.split(pieces, dim=2) for x in (query, key, value))
     out = []
-    for i, (s, _, y2) in enumerate(lengths):
+
+    def attend_to(q_n, n, seen):  # no fused kernel has a mask and shares heads
+        k_t, v_t = (x.repeat_interleave(groups, dim=1) for x in seen)
+        return attend(q_n, k_t, v_t, attn_mask=visible(n, k_t.shape[2], sliding_window, query.device))
+
+    for i, (s, y, y2) in enumerate(lengths):
         first, twin = 2 * i, 2 * i + 1
-        out.append(attend(q[first], k[first], v[first], is_causal=True, enable_gqa=groups > 1))
+        if sliding_window and s + y > sliding_window:
+            out.append(attend_to(q[first], s + y, (k[first], v[first])))
+        else:
+            out.append(attend(q[first], k[first], v[first], is_causal=True, enable_gqa=groups > 1))
         if y2:
-            seen = (torch.cat([x[first][:, :, :s], x[twin]], dim=2).repeat_interleave(groups, dim=1) for x in (k, v))
-            mask = torch.ones(y2, s + y2, dtype=torch.bool, device=query.device).tril(s)
-            out.append(attend(q[twin], *seen, attn_mask=mask))  # no fused kernel has a mask and shares heads
+            out.append(attend_to(q[twin], y2, [torch.cat([x[first][:, :, :s], x[twin]], dim=2) for x in (k, v)]))
     return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+def visible(n, total, window, device):
+    """What each of the last n of `total` tokens sees, (n, total): itself and all before it, the last `window` at most.
+
+    >>> visible(2, 4, 2, "cpu")            # as numbers
+    [[0, 1, 1, 0], [0, 0, 1, 1]]
+    """
+    seen = torch.ones(n, total, dtype=torch.bool, device=device).tril(total - n)
+    return seen.triu(total - n - window + 1) if window else seen
 
 
 def token_logps(model, ids_1T, position_1T, lengths, where_N, target_N, temperature):
