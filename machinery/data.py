@@ -2,19 +2,33 @@
 
 Sections 4.2 and 4.3, appendix C.4, Table 5. Dialogues are made of them in simulator.py.
 """
+import csv
 import functools
 import glob
+import hashlib
 import importlib.util
+import io
+import itertools
+import json
+import lzma
+import math
 import os
 import random
 import re
+import stat
+import sys
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from machinery.files import BadInput, brief
 from machinery.ranks import rank
 from machinery.settings import seed_for
 from machinery.template import checked, encode, load_tokenizer, template_pieces
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a data set gives
+# ---------------------------------------------------------------------------------------------------------------
 
 
 class Prompt(NamedTuple):
@@ -36,10 +50,27 @@ class Logged(NamedTuple):
     secret: Any = None
 
 
+class Logs(Sequence):
+    """Logged conversations, of which only the number is known until somebody asks for one: most runs never do."""
+
+    def __init__(self, size, read):
+        self.size, self.read = size, read
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, row):
+        return self.rows[row]
+
+    @functools.cached_property
+    def rows(self):
+        return self.read()
+
+
 class Data(NamedTuple):
     train: list  # prompts
     test: list
-    logs: list  # conversations that begin with a training prompt, for the baselines that roll in by the data
+    logs: Sequence  # conversations that begin with a training prompt, for the baselines that roll in by the data
     dropped: Counter  # rows by reason
 
 
@@ -48,6 +79,7 @@ HELD_OUT = 1000  # first prompts: Table 3's 500 for tests and 500 for validation
 # Setting two, tokens of (a question with its header, an answer): appendix C.4 for HH, Table 5 by the number of turns
 HH_CAPS = (128, 512)
 ULTRAINTERACT_CAPS = {1: (1024, 1024), 2: (768, 768), 3: (512, 512), 4: (256, 512), 5: (128, 512)}
+BATCH = 2048  # rows whose lengths are counted together
 
 
 def load_data(cfg, tokenizer):
@@ -67,61 +99,121 @@ def draw(what, size, cfg, t):
     return rows[part * cfg.num_prompts :][: cfg.num_prompts]
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Prompts, logs and the split
+# ---------------------------------------------------------------------------------------------------------------
+
+
 @functools.lru_cache(maxsize=4)
 def read_data(name, tokenizer_path, fixed, max_turns, longest):
-    """Prompts and logs of UltraInteract_pair, Anthropic-HH or a set of their form; what is dropped is counted.
+    """Prompts of UltraInteract_pair, Anthropic-HH or a set of their form; what is dropped is counted.
 
     fixed: the questions to come are the data's own (setting two); then a prompt is a list of all questions, with the
     caps of that setting. Else it is a first prompt of at most `longest` tokens. Prompts are de-duplicated, and those
-    with one first prompt are on one side of the split. The split depends on the texts alone, neither on the order of
-    the rows nor on any length or tokenizer, so that no other flag can bring a training prompt into the test. (The
-    released code splits rows, without a seed, and shares first prompts between training and test.)"""
-    rows, tokenizer, dropped = read_rows(name), load_tokenizer(tokenizer_path), Counter()
-    logs, distinct = [], {}
-    for row in decoded(name, rows):
-        log = logged(row)
-        if isinstance(log, str):
-            dropped[log] += 1
-            continue
-        logs.append(log)
-        key = log.questions if fixed else log.questions[0]
-        if key in distinct:
-            dropped["duplicate"] += 1
-        distinct.setdefault(key, log)
-
-    caps = HH_CAPS if "trajectory" not in rows.column_names else None
-    candidates = list(distinct.values())
-    prompts = {}  # by first prompt
-    for log, why in zip(candidates, too_long(tokenizer, candidates, fixed, max_turns, longest, caps)):
-        if why:
-            dropped[why] += 1
-            continue
-        prompt = Prompt(log.questions[0])
-        if fixed:
-            _, answer_cap = caps or ULTRAINTERACT_CAPS[len(log.questions)]
-            prompt = Prompt(log.questions[0], log.secret, answer_cap)
-        prompts.setdefault(prompt.text, []).append(prompt)
-
-    order = sorted({log.questions[0] for log in logs}, key=lambda text: seed_for("split", text))
-    cut = min(HELD_OUT, len(order) // 5)
-    test = [prompt for text in order[:cut] for prompt in prompts.get(text, ())]
-    train = [prompt for text in order[cut:] for prompt in prompts.get(text, ())]
-    sizes = f"{name}: {len(rows)} rows, {len(train)} training and {len(test)} test prompts; dropped: {dict(dropped)}"
+    with one first prompt are on one side of the split. Rows pass by and are not held: what stays is the questions."""
+    tokenizer, dropped = load_tokenizer(tokenizer_path), Counter()
+    size, usable = 0, Counter()  # by first prompt: its conversations that the baselines could roll in by
+    known, prompts = {}, {}  # the part of the data that a prompt is in; prompts by first prompt
+    texts, rows = {}, data_rows(name)
+    while batch := list(itertools.islice(rows, BATCH)):
+        size += len(batch)
+        new = []
+        for part, row in batch:
+            log = logged(row)
+            if isinstance(log, str):
+                dropped[log] += 1
+                continue
+            key = shared(texts, log.questions) if fixed else log.questions[0]
+            usable[log.questions[0]] += is_usable(log, max_turns)
+            if key in known:
+                dropped["duplicate"] += 1
+                known[key] = min(known[key], part)
+            else:
+                known[key] = part
+                new.append((key, log, caps_of(row, log)))
+        for (key, log, caps), why in zip(new, too_long(tokenizer, new, fixed, max_turns, longest), strict=True):
+            if why:
+                dropped[why] += 1
+                continue
+            prompt = Prompt(key[0], list(key[1:]), caps[1]) if fixed else Prompt(key)
+            prompts.setdefault(prompt.text, []).append(prompt)
+    train, test, held_out, whose = split(usable, known, prompts, dropped, fixed)
+    sizes = f"{name}: {size} rows, {len(train)} training and {len(test)} test prompts{whose}; dropped: {dict(dropped)}"
+    if rank() == 0 and dropped[SYSTEM]:
+        print(f"{name}: {dropped[SYSTEM]} rows begin with a system turn, which a dialogue cannot carry yet: dropped",
+              flush=True)  # fmt: skip
     if not (train and test):
         raise BadInput(f"--dataset {sizes}")
     if rank() == 0:
         print(sizes, flush=True)
-    trained_on = set(order[cut:])
-    kept = [log for log in logs
-            if log.questions[0] in trained_on and log.rejected and len(log.questions) <= max_turns]  # fmt: skip
-    return Data(train, test, kept, dropped)
+    size = sum(number for text, number in usable.items() if text not in held_out)
+    return Data(train, test, Logs(size, functools.partial(read_logs, name, held_out, max_turns, size)), dropped)
 
 
-def decoded(name, rows):
-    try:
-        yield from rows
-    except UnicodeDecodeError:
-        raise BadInput(f"--dataset {name} holds text that is not UTF-8") from None
+def split(usable, known, prompts, dropped, fixed):
+    """(training prompts, test prompts, the first prompts that are not trained on, a word on where the test is from).
+
+    A data set's own test rows, or else its validation rows, are the test, and no first prompt of either is trained on.
+    Where it has none the split depends on the texts alone, neither on the order of the rows nor on any length or
+    tokenizer, so that no other flag can bring a training prompt into the test. (The released code splits rows, without
+    a seed, and shares first prompts between training and test.)"""
+    order = sorted(usable, key=lambda text: seed_for("split", text))
+    parts = set(known.values())
+    own = TRAIN in parts and len(parts) > 1
+    where = dict.fromkeys(order, TRAIN)
+    if own:
+        for key, part in known.items():
+            first = key[0] if fixed else key
+            where[first] = min(where[first], part)
+    else:
+        for text in order[: min(HELD_OUT, len(order) // 5)]:
+            where[text] = TEST
+    test_part = min(where.values(), default=TEST)
+    train, test = [], []
+    for text in order:
+        for prompt in prompts.get(text, ()):
+            key = (text, *prompt.secret) if fixed else text
+            if where[text] == TRAIN:
+                train.append(prompt)
+            elif where[text] == test_part and (not own or known[key] == test_part):
+                test.append(prompt)
+            else:
+                dropped["held out"] += 1
+    held_out = {text for text, part in where.items() if part != TRAIN}
+    whose = f" (of its own {PARTS[test_part]} rows)" if own else ""
+    return train, test, held_out, whose
+
+
+def read_logs(name, held_out, max_turns, size):
+    """The conversations that the baselines roll in by; texts that several of them share are held once."""
+    found, texts = [], {}
+    for _, row in data_rows(name):
+        log = logged(row)
+        if isinstance(log, str) or log.questions[0] in held_out or not is_usable(log, max_turns):
+            continue
+        questions, answers = shared(texts, log.questions), shared(texts, log.answers)
+        chosen, rejected = shared(texts, (log.chosen, log.rejected))
+        found.append(Logged(questions, answers, chosen, rejected, list(questions[1:])))
+    if len(found) != size:
+        raise BadInput(f"--dataset {name} was changed while it was read: start again")
+    return found
+
+
+def shared(texts, row):
+    """The same texts as a tuple, each the one object that `texts` holds of it."""
+    return tuple(texts.setdefault(text, text) for text in row)
+
+
+def is_usable(log, max_turns):
+    return bool(log.rejected) and len(log.questions) <= max_turns
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A row
+# ---------------------------------------------------------------------------------------------------------------
+
+SYSTEM = "a system turn"
+ROLES = {"Human": "user", "human": "user", "Assistant": "assistant", "gpt": "assistant"}
 
 
 def logged(row):
@@ -130,22 +222,50 @@ def logged(row):
         if "trajectory" in row:
             history, chosen, rejected = turns_of(row["trajectory"]), row["chosen"], row["rejected"]
         else:
-            *history, (role, chosen) = turns_of(row["chosen"])
-            *other, (other_role, rejected) = turns_of(row["rejected"])
+            *history, (role, chosen) = conversation(row, row["chosen"])
+            *other, (other_role, rejected) = conversation(row, row["rejected"])
             rejected = rejected if other == history else None
             if not role == other_role == "assistant":
                 return "roles do not alternate"
     except (ValueError, TypeError, KeyError):
         return "malformed"
+    system = bool(history) and history[0][0] == "system"
+    if system:
+        history = history[1:]
     roles = ["user", *["assistant", "user"] * (len(history) // 2)]  # of an odd number of turns
     if [role for role, _ in history] != roles:
         return "roles do not alternate"
+    if system:
+        return SYSTEM
     try:
         texts = [checked(text) for _, text in history]
         rejected = rejected and checked(rejected)
         return Logged(tuple(texts[::2]), tuple(texts[1::2]), checked(chosen), rejected, texts[2::2])
     except BadInput:
         return "an empty turn"
+
+
+def conversation(row, answer):
+    """[(role, text)] of a row without trajectory: `answer` is the whole conversation (HH), or what follows `prompt`."""
+    prompt = row.get("prompt")
+    if prompt is None or is_whole(row["chosen"]) and is_whole(row["rejected"]):
+        return turns_of(answer)
+    if not isinstance(prompt, str):
+        turns = turns_of(prompt)
+    elif is_whole(prompt) and prompt.rstrip().endswith("\n\nAssistant:"):  # HH's marks, up to where the answer begins
+        turns = turns_of(prompt)[:-1]
+    else:
+        turns = [("user", prompt)]
+    if isinstance(answer, list) and answer:
+        return turns + turns_of(answer)
+    return [*turns, ("assistant", answer if answer else None)]
+
+
+def is_whole(value):
+    """Whether a column holds a conversation from its first turn on, and not the answer alone."""
+    if isinstance(value, str):
+        return value.lstrip().startswith("Human:")
+    return isinstance(value, list) and bool(value) and turns_of(value[:1])[0][0] != "assistant"
 
 
 def turns_of(value):
@@ -157,90 +277,357 @@ def turns_of(value):
         pairs = list(zip(parts[::2], parts[1::2]))
     else:
         pairs = [(m["from"], m["value"]) if "from" in m else (m["role"], m["content"]) for m in value]
-    names = {"Human": "user", "human": "user", "Assistant": "assistant", "gpt": "assistant"}
-    return [(names.get(role, role), text) for role, text in pairs]
+    return [(ROLES.get(role, role), text_of(content)) for role, content in pairs]
 
 
-def too_long(tokenizer, logs, fixed, max_turns, longest, caps):
-    """For each conversation the reason why it cannot be a prompt, or None."""
+def text_of(content):
+    """A message's text, which may be given in parts; a part that is an image makes the row malformed."""
+    if not isinstance(content, list) or not content or not isinstance(content[0], dict):
+        return content
+    if any(part["type"] != "text" for part in content):
+        raise ValueError("a part that is no text")
+    return "".join(part["text"] for part in content)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Lengths
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def caps_of(row, log):
+    """Setting two's tokens of (a question, an answer); None where a conversation has more turns than any cap is for."""
+    return ULTRAINTERACT_CAPS.get(len(log.questions)) if "trajectory" in row else HH_CAPS
+
+
+def too_long(tokenizer, new, fixed, max_turns, longest):
+    """For each (key, conversation, caps) the reason why it cannot be a prompt, or None."""
     before, after, between, later = template_pieces(tokenizer)
     first, more = len(encode(tokenizer, before + after)), len(encode(tokenizer, between + later))
     if not fixed:
-        counts = token_counts(tokenizer, [d.questions[0] for d in logs])
-        return ["prompt too long" if first + n > longest else None for n in counts]
+        over = longer_than(tokenizer, [(log.questions[0], longest - first) for _, log, _ in new])
+        return ["prompt too long" if each else None for each in over]
     max_turns = min(max_turns, len(ULTRAINTERACT_CAPS))
-    short = [d for d in logs if len(d.questions) <= max_turns]
-    counts = iter(token_counts(tokenizer, [t for d in short for t in (*d.questions, *d.answers, d.chosen)]))
+    limits = []
+    for _, log, caps in new:
+        if len(log.questions) <= max_turns:
+            limits += [(text, caps[0] - (more if h else first)) for h, text in enumerate(log.questions)]
+            limits += [(text, caps[1]) for text in (*log.answers, log.chosen)]
+    over = iter(longer_than(tokenizer, limits))
     reasons = []
-    for d in logs:
-        H = len(d.questions)
+    for _, log, _ in new:
+        H = len(log.questions)
         if H > max_turns:
             reasons.append(f"more than {max_turns} turns")
             continue
-        questions, answers = [next(counts) for _ in range(H)], [next(counts) for _ in range(H)]
-        question_cap, answer_cap = caps or ULTRAINTERACT_CAPS[H]
-        over = max(n + (more if h else first) for h, n in enumerate(questions)) > question_cap
-        reasons.append("question too long" if over else "answer too long" if max(answers) > answer_cap else None)
+        questions, answers = list(itertools.islice(over, H)), list(itertools.islice(over, H))
+        reasons.append("question too long" if any(questions) else "answer too long" if any(answers) else None)
     return reasons
 
 
-def token_counts(tokenizer, texts):
-    counts = []
-    for start in range(0, len(texts), 4096):
-        part = texts[start : start + 4096]
-        counts += map(len, tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-    return counts
+def longer_than(tokenizer, limits):
+    """Of each (text, limit) whether the text has more tokens; a text is tokenised, once, where a bound cannot tell."""
+    factor = tokens_per_byte(tokenizer)
+    counts = {}
+    for text, limit in limits:
+        if len(text) * factor > limit or not text.isascii() and len(text.encode()) * factor > limit:
+            counts[text] = None
+    if counts:
+        ids = tokenizer(list(counts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
+                        return_token_type_ids=False, verbose=False)["input_ids"]  # fmt: skip
+        counts = {text: len(row) for text, row in zip(counts, ids, strict=True)}
+    return [counts.get(text, limit) > limit for text, limit in limits]
 
 
-def read_rows(name):
-    """All rows of a data set: a parquet, json or jsonl file, a folder of them or of save_to_disk, or a hub id."""
+@functools.lru_cache(maxsize=8)
+def tokens_per_byte(tokenizer):
+    """The most tokens that a byte of text can become: 1 for a byte-level BPE; infinity where nothing is known.
+
+    Each token of a byte-level BPE stands for one byte or more of what the normaliser leaves. NFC makes three bytes of
+    one at most (Unicode annex 15). A space put before a text, or a normaliser of another kind, and there is no bound."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is None or type(core.model).__name__ != "BPE" or core.pre_tokenizer is None:
+        return math.inf
+    state = json.loads(core.pre_tokenizer.__getstate__())
+    steps = state["pretokenizers"] if state["type"] == "Sequence" else [state]
+    spaces = any(step.get("add_prefix_space") for step in steps)
+    kinds = {step["type"] for step in steps}
+    if spaces or "ByteLevel" not in kinds or kinds - {"ByteLevel", "Split", "Digits", "Punctuation"}:
+        return math.inf
+    normalizer = None if core.normalizer is None else type(core.normalizer).__name__
+    return {None: 1, "NFC": 3}.get(normalizer, math.inf)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------
+
+TEST, VALIDATION, TRAIN = range(3)
+PARTS = ["test", "validation", "training"]
+PART_WORDS = {"train": TRAIN, "training": TRAIN, "test": TEST, "testing": TEST, "eval": TEST, "evaluation": TEST,
+              "validation": VALIDATION, "valid": VALIDATION, "val": VALIDATION, "dev": VALIDATION}  # fmt: skip
+COLUMNS = ("trajectory", "prompt", "chosen", "rejected")
+KINDS = [(".parquet",), (".json", ".jsonl", ".ndjson"), (".csv", ".tsv"), (".arrow",)]  # of a folder, the first there is
+PACKED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".xz": "xz"}
+DESCRIPTIONS = {"config.json", "dataset_infos.json"}  # json files that are no data
+READABLE = "a parquet, json, jsonl, csv or arrow file, a folder of them or of save_to_disk"
+
+
+def data_rows(name):
+    """All (part, row) of a data set, one at a time; what is wrong with a file is one line.
+
+    Local files are read here and not by the library: it looks for patterns in their names, and it keeps what it has
+    read under a file's name and time, and then gives old rows for a new file."""
+    missing, size = {"chosen", "rejected"}, 0
+    for part, place, read in sources(name):
+        try:
+            for row in read():
+                size += 1
+                if missing:
+                    missing -= row.keys()
+                yield part, row
+        except file_errors() as error:
+            raise unreadable(name, place, error) from None
+    if not size:
+        raise BadInput(f"--dataset {name} cannot be read: it holds no rows")
+    if missing:
+        raise BadInput(f"--dataset {name} has no column {' and no column '.join(sorted(missing))}")
+
+
+def sources(name):
+    """(part, where it is, a function that gives its rows) of all parts of a data set."""
+    path = DATASETS.get(name, name)
+    kind = look(name, path)
+    if kind in ("saved", "hub"):
+        for word, rows in library(name, path, kind).items():
+            yield part_of(word), f"{path} {word}".strip(), functools.partial(dataset_rows, rows)
+        return
+    for file in data_files(name, path):
+        part = TRAIN if kind == "file" else part_of(os.path.relpath(file, path))
+        yield part, file, functools.partial(file_rows, file)
+
+
+def look(name, path):
+    """What --dataset names: "file", "folder", "saved" (by save_to_disk) or "hub"."""
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            saved = {"dataset_info.json", "dataset_dict.json"} & set(os.listdir(path))
+            return "saved" if saved else "folder"
+        if stat.S_ISREG(mode):
+            return "file"
+    except (FileNotFoundError, NotADirectoryError):
+        if path.count("/") == 1 and path[0] not in "./~":
+            return "hub"
+    except (OSError, ValueError) as error:
+        raise unreadable(name, path, error) from None
+    raise BadInput(f"--dataset {name} names neither {READABLE} nor a hub id")
+
+
+def part_of(name):
+    """Training, validation or test, by the words of a split's or a file's name, then of the folders that it is in."""
+    for piece in reversed(name.split(os.sep)):
+        for word in re.split("[^a-z]+", piece.lower()):
+            if word in PART_WORDS:
+                return PART_WORDS[word]
+    return TRAIN
+
+
+@functools.lru_cache(maxsize=2)
+def library(name, path, kind):
+    """{split: rows} of a hub id or of what save_to_disk wrote, by the library."""
     if not importlib.util.find_spec("datasets"):
         raise BadInput(f"--dataset {name} needs the package datasets (pip install -r requirements.txt)")
     import datasets
-    import pyarrow
 
-    path = DATASETS.get(name, name)
-    saved = any(os.path.exists(os.path.join(path, file)) for file in ("dataset_info.json", "dataset_dict.json"))
-    files = [] if saved else data_files(path)
-    if not saved and not files and (os.path.isdir(path) or path.count("/") != 1 or path[0] in "./~"):
-        raise BadInput(f"--dataset {name}: no parquet, json or jsonl file there, and no hub id")
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it cannot read it says twice
     try:
-        if saved:
-            parts = datasets.load_from_disk(path)
-        elif files:
-            kind = "parquet" if files[0].endswith(".parquet") else "json"
-            check_json(files if kind == "json" else [])
-            parts = datasets.load_dataset(kind, data_files=files)
-        else:
-            parts = datasets.load_dataset(path)
-        rows = datasets.concatenate_datasets(list(parts.values())) if isinstance(parts, dict) else parts
-    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, TypeError,
-            StopIteration) as error:  # fmt: skip
-        error = error.__cause__ or error
-        why = brief(f"{type(error).__name__} {error}")  # StopIteration is what an empty file gives
-        raise BadInput(f"--dataset {name} cannot be read: {why}") from None
-    missing = {"chosen", "rejected"} - set(rows.column_names)
-    if missing:
-        raise BadInput(f"--dataset {name} has no column {' and no column '.join(sorted(missing))}")
-    return rows
+        parts = datasets.load_dataset(path) if kind == "hub" else datasets.load_from_disk(path)
+    except (datasets.exceptions.DatasetsError, StopIteration, *file_errors()) as error:
+        raise unreadable(name, path, error.__cause__ or error) from None
+    return parts if isinstance(parts, dict) else {"": parts}
 
 
-def data_files(path):
-    """The parquet files of a folder, else its json and jsonl files; json beside parquet only describes it."""
+def dataset_rows(dataset):
+    columns = [column for column in COLUMNS if column in dataset.column_names]
+    if not columns:
+        yield from ({} for _ in range(len(dataset)))
+        return
+    for table in dataset.select_columns(columns).with_format("arrow").iter(1000):
+        yield from table.to_pylist()
+
+
+def data_files(name, path):
+    """A file alone; the parquet files of a folder, else its json files and so on: json beside parquet describes it."""
     if os.path.isfile(path):
         return [path]
-    for kind in ("parquet", "json*"):
-        found = sorted(glob.glob(os.path.join(glob.escape(path), "**", f"*.{kind}"), recursive=True))
+
+    def stop(error):
+        raise unreadable(name, error.filename, error) from None
+
+    files, seen = [], set()
+    for folder, inner, names in os.walk(path, onerror=stop, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen:  # a link to a folder above it
+            inner.clear()
+            continue
+        seen.add(place)
+        inner[:] = [each for each in inner if not each.startswith(".")]
+        files += [os.path.join(folder, each) for each in names if not each.startswith(".") and each not in DESCRIPTIONS]
+    for kinds in KINDS:
+        found = sorted(file for file in files if suffix(file)[0] in kinds)
         if found:
             return found
-    return []
+    raise BadInput(f"--dataset {name} is a folder without data: no parquet, json, jsonl, csv or arrow file is in it")
 
 
-def check_json(files):
-    """A file that begins with null crashes pyarrow."""
+def suffix(file):
+    """(kind, packing) of a file by its name: data.jsonl.gz gives (".jsonl", ".gz")."""
+    base, end = os.path.splitext(file.lower())
+    packing = end if end in PACKED else ""
+    return (os.path.splitext(base)[1] if packing else end), packing
+
+
+def file_rows(file):
+    """The rows of a file, as dictionaries; a file whose name says nothing is taken for json."""
+    kind, packing = suffix(file)
+    with open(file, "rb") as raw:
+        stream = unpacked(raw, packing)
+        if kind == ".parquet":
+            yield from parquet_rows(stream)
+        elif kind == ".arrow":
+            yield from arrow_rows(stream)
+        elif kind in (".csv", ".tsv"):
+            yield from csv_rows(stream, "\t" if kind == ".tsv" else ",")
+        else:
+            yield from json_rows(stream)
+
+
+def unpacked(raw, packing):
+    if not packing:
+        return raw
+    if packing == ".xz":
+        return lzma.open(raw)
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(raw, PACKED[packing]))
+
+
+def parquet_rows(stream):
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(stream, pre_buffer=False)
+    columns = [column for column in COLUMNS if column in file.schema_arrow.names]
+    for batch in file.iter_batches(batch_size=1000, columns=columns):
+        yield from batch.to_pylist() if columns else ({} for _ in range(batch.num_rows))
+
+
+def arrow_rows(stream):
+    import pyarrow
+
+    try:
+        batches = pyarrow.ipc.open_stream(stream)
+    except pyarrow.ArrowInvalid:
+        stream.seek(0)
+        file = pyarrow.ipc.open_file(stream)
+        batches = (file.get_batch(i) for i in range(file.num_record_batches))
+    for batch in batches:
+        columns = [column for column in COLUMNS if column in batch.schema.names]
+        yield from batch.select(columns).to_pylist() if columns else ({} for _ in range(batch.num_rows))
+
+
+def csv_rows(stream, delimiter):
+    """Rows of a csv file whose first line names the columns; a quote that is never closed is where a file was cut."""
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    size = 0
+    for row in reader:
+        if None in row or None in row.values():
+            raise ValueError(f"line {reader.line_num} has not as many fields as the first line")
+        size += 1
+        yield row
+    if not size:
+        raise ValueError("the file holds no rows")
+
+
+def json_rows(stream):
+    """Objects of a json file: one a line, or a list of them, or one that goes over several lines."""
+    size = 0
+    for number, line in enumerate(stream, 1):
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        if not text.strip():
+            continue
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            if size:
+                raise ValueError(f"line {number} is not JSON, {error.msg}") from None
+            value = json.loads(text + stream.read().decode())
+        if not isinstance(value, (dict, list)):
+            raise ValueError(f"line {number} holds no JSON object")
+        for row in value if isinstance(value, list) else [value]:
+            size += 1
+            yield row if isinstance(row, dict) else {}
+    if not size:
+        raise ValueError("the file holds no rows")
+
+
+def file_errors():
+    """Whatever a file that cannot be read raises."""
+    import pyarrow
+
+    return (OSError, ValueError, TypeError, KeyError, EOFError, RecursionError, csv.Error, lzma.LZMAError,
+            pyarrow.ArrowException)  # fmt: skip
+
+
+def unreadable(name, place, error):
+    """One line: the data set, the file, what is wrong and what to do."""
+    why, what = brief(f"{type(error).__name__} {error}"), "is it whole, and of the form that its name says?"
+    if isinstance(error, UnicodeError):
+        why, what = "it holds text that is not UTF-8", "save it as UTF-8"
+    elif isinstance(error, PermissionError):
+        why, what = "no permission", "make it readable for who runs this"
+    elif "holds no rows" in why:
+        why, what = "it holds no rows", "fill it or take it away"
+    return BadInput(" ".join(f"--dataset {name} cannot be read: {place}: {why}: {what}".split()))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Which data it was
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(cfg):
+    """A hash of the content of all files that --dataset names, wherever they lie; of a hub id the commit that was read.
+
+    Files are hashed once in a process, in chunks."""
+    return content_hash(cfg.dataset)
+
+
+@functools.lru_cache(maxsize=4)
+def content_hash(name):
+    path = DATASETS.get(name, name)
+    kind = look(name, path)
+    if kind == "hub":
+        return hub_commit(name, path)
+    if kind == "saved":
+        files = sorted(glob.glob(os.path.join(glob.escape(path), "**", "*.arrow"), recursive=True))
+    else:
+        files = data_files(name, path)
+    whole = hashlib.sha256()
     for file in files:
-        with open(file, "rb") as content:
-            if content.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"{", b"[", b""):
-                raise ValueError(f"{os.path.basename(file)} holds no JSON objects")
+        try:
+            with open(file, "rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+        except OSError as error:
+            raise unreadable(name, file, error) from None
+        whole.update(repr((os.path.relpath(file, path), digest)).encode())
+    return whole.hexdigest()
+
+
+def hub_commit(name, path):
+    """The library keeps what it read of a hub id in a folder that is named by the commit."""
+    folders = set()
+    for rows in library(name, path, "hub").values():
+        folders.update(os.path.basename(os.path.dirname(file["filename"])) for file in rows.cache_files)
+    return " ".join(sorted(folders))
