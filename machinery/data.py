@@ -369,7 +369,6 @@ COLUMNS = ("trajectory", "prompt", "chosen", "rejected")
 KINDS = [(".parquet",), (".json", ".jsonl", ".ndjson"), (".csv", ".tsv"), (".arrow",)]  # of a folder, the first there is
 PACKED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".xz": "xz"}
 DESCRIPTIONS = {"config.json", "dataset_infos.json"}  # json files that are no data
-READABLE = "a parquet, json, jsonl, csv or arrow file, a folder of them or of save_to_disk"
 
 
 def data_rows(name):
@@ -420,7 +419,7 @@ def look(name, path):
             return "hub"
     except (OSError, ValueError) as error:
         raise unreadable(name, path, error) from None
-    raise BadInput(f"--dataset {name} names neither {READABLE} nor a hub id")
+    raise BadInput(f"--dataset {name}: no parquet, json, jsonl, csv or arrow file there, no folder and no hub id")
 
 
 def part_of(name):
@@ -566,7 +565,7 @@ def json_rows(stream):
         if not isinstance(value, (dict, list)):
             raise ValueError(f"line {number} holds no JSON object")
         for row in value if isinstance(value, list) else [value]:
-            size += 1
+            size += bool(row)
             yield row if isinstance(row, dict) else {}
     if not size:
         raise ValueError("the file holds no rows")
