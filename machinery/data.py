@@ -307,20 +307,27 @@ def too_long(tokenizer, new, fixed, max_turns, longest):
         over = longer_than(tokenizer, [(log.questions[0], longest - first) for _, log, _ in new])
         return ["prompt too long" if each else None for each in over]
     max_turns = min(max_turns, len(ULTRAINTERACT_CAPS))
-    limits = []
-    for _, log, caps in new:
-        if len(log.questions) <= max_turns:
-            limits += [(text, caps[0] - (more if h else first)) for h, text in enumerate(log.questions)]
-            limits += [(text, caps[1]) for text in (*log.answers, log.chosen)]
-    over = iter(longer_than(tokenizer, limits))
-    reasons = []
-    for _, log, _ in new:
-        H = len(log.questions)
-        if H > max_turns:
-            reasons.append(f"more than {max_turns} turns")
-            continue
-        questions, answers = list(itertools.islice(over, H)), list(itertools.islice(over, H))
-        reasons.append("question too long" if any(questions) else "answer too long" if any(answers) else None)
+    reasons = [f"more than {max_turns} turns" if len(log.questions) > max_turns else None for _, log, _ in new]
+
+    def drop(why, limits_of):
+        asked, limits = [], []
+        for row, (_, log, caps) in enumerate(new):
+            if reasons[row] is None:
+                found = limits_of(log, caps)
+                asked += [row] * len(found)
+                limits += found
+        for row, over in zip(asked, longer_than(tokenizer, limits), strict=True):
+            if over:
+                reasons[row] = why
+
+    def questions(log, caps):
+        return [(text, caps[0] - (more if h else first)) for h, text in enumerate(log.questions)]
+
+    def answers(log, caps):
+        return [(text, caps[1]) for text in (*log.answers, log.chosen)]
+
+    drop("question too long", questions)
+    drop("answer too long", answers)  # of what is left: an answer costs most to tokenise
     return reasons
 
 

@@ -92,8 +92,9 @@ def cpu():
 
 
 def memory():
-    """The highest resident memory so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The highest resident memory of this program so far, in bytes (ru_maxrss would count the parent's)."""
+    with open("/proc/self/status") as file:
+        return 1024 * int(next(line for line in file if line.startswith("VmHWM")).split()[1])
 
 
 def read(path, tokenizer_path, case):
