@@ -334,14 +334,17 @@ def too_long(tokenizer, new, fixed, max_turns, longest):
 def longer_than(tokenizer, limits):
     """Of each (text, limit) whether the text has more tokens; a text is tokenised, once, where a bound cannot tell."""
     factor = tokens_per_byte(tokenizer)
-    counts = {}
+    asked = []
     for text, limit in limits:
         if len(text) * factor > limit or not text.isascii() and len(text.encode()) * factor > limit:
-            counts[text] = None
-    if counts:
-        ids = tokenizer(list(counts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
+            asked.append(text)
+    asked = list(dict.fromkeys(asked))
+    counts = {}
+    for start in range(0, len(asked), 256):  # the tokenizer holds a hundred bytes a token meanwhile
+        part = asked[start : start + 256]
+        ids = tokenizer(part, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
                         return_token_type_ids=False, verbose=False)["input_ids"]  # fmt: skip
-        counts = {text: len(row) for text, row in zip(counts, ids, strict=True)}
+        counts.update(zip(part, map(len, ids), strict=True))
     return [counts.get(text, limit) > limit for text, limit in limits]
 
 
