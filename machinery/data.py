@@ -114,7 +114,8 @@ def read_data(name, tokenizer_path, fixed, max_turns, longest):
     tokenizer, dropped = load_tokenizer(tokenizer_path), Counter()
     size, usable = 0, Counter()  # by first prompt: its conversations that the baselines could roll in by
     known, prompts = {}, {}  # the part of the data that a prompt is in; prompts by first prompt
-    texts, rows = {}, data_rows(name)
+    texts, untested = {}, set()  # first prompts of test rows that are dropped: not trained on either
+    rows = data_rows(name)
     while batch := list(itertools.islice(rows, BATCH)):
         size += len(batch)
         new = []
@@ -122,6 +123,8 @@ def read_data(name, tokenizer_path, fixed, max_turns, longest):
             log = logged(row)
             if isinstance(log, str):
                 dropped[log] += 1
+                if part != TRAIN:
+                    untested.update(first_question(row))
                 continue
             key = shared(texts, log.questions) if fixed else log.questions[0]
             usable[log.questions[0]] += is_usable(log, max_turns)
@@ -137,7 +140,7 @@ def read_data(name, tokenizer_path, fixed, max_turns, longest):
                 continue
             prompt = Prompt(key[0], list(key[1:]), caps[1]) if fixed else Prompt(key)
             prompts.setdefault(prompt.text, []).append(prompt)
-    train, test, held_out, whose = split(usable, known, prompts, dropped, fixed)
+    train, test, held_out, whose = split(usable, known, untested, prompts, dropped, fixed)
     sizes = f"{name}: {size} rows, {len(train)} training and {len(test)} test prompts{whose}; dropped: {dict(dropped)}"
     if rank() == 0 and dropped[SYSTEM]:
         print(f"{name}: {dropped[SYSTEM]} rows begin with a system turn, which a dialogue cannot carry yet: dropped",
@@ -150,7 +153,7 @@ def read_data(name, tokenizer_path, fixed, max_turns, longest):
     return Data(train, test, Logs(size, functools.partial(read_logs, name, held_out, max_turns, size)), dropped)
 
 
-def split(usable, known, prompts, dropped, fixed):
+def split(usable, known, untested, prompts, dropped, fixed):
     """(training prompts, test prompts, the first prompts that are not trained on, a word on where the test is from).
 
     A data set's own test rows, or else its validation rows, are the test, and no first prompt of either is trained on.
@@ -159,12 +162,14 @@ def split(usable, known, prompts, dropped, fixed):
     a seed, and shares first prompts between training and test.)"""
     order = sorted(usable, key=lambda text: seed_for("split", text))
     parts = set(known.values())
-    own = TRAIN in parts and len(parts) > 1
+    own = TRAIN in parts and (len(parts) > 1 or bool(untested))
     where = dict.fromkeys(order, TRAIN)
     if own:
         for key, part in known.items():
             first = key[0] if fixed else key
             where[first] = min(where[first], part)
+        for first in untested & where.keys():
+            where[first] = min(where[first], VALIDATION)
     else:
         for text in order[: min(HELD_OUT, len(order) // 5)]:
             where[text] = TEST
@@ -243,6 +248,15 @@ def logged(row):
         return Logged(tuple(texts[::2]), tuple(texts[1::2]), checked(chosen), rejected, texts[2::2])
     except BadInput:
         return "an empty turn"
+
+
+def first_question(row):
+    """The text of a dropped row's first user turn, as a list that is empty where there is none."""
+    try:
+        turns = turns_of(row["trajectory"]) if "trajectory" in row else conversation(row, row["chosen"])
+        return [checked(next(text for role, text in turns if role == "user"))]
+    except (ValueError, TypeError, KeyError, StopIteration):  # BadInput, of an empty turn, is a ValueError
+        return []
 
 
 def conversation(row, answer):

@@ -78,7 +78,7 @@ def test_a_prompt_with_two_answers_is_a_conversation_whatever_its_columns_hold(p
     assert log.answers == ("a",) * (len(wanted) - 1) and log.secret == list(wanted[1:])
 
 
-IMAGE = [{"type": "text", "text": "what is this?"}, {"type": "image", "url": "x.png"}]
+IMAGE = [{"type": "text", "text": "what is this?"}, {"type": "image", "text": "a caption"}]
 
 
 @pytest.mark.parametrize("row, why", [
@@ -256,6 +256,15 @@ def test_without_test_rows_the_validation_rows_are_the_test(word, read, tmp_path
     found = read(tmp_path / "data")
     assert texts(found.test) == {"question 0", "question 1", "question 40"}
     assert not texts(found.train) & texts(found.test) and "of its own" in capsys.readouterr().out
+
+
+def test_the_first_prompt_of_a_test_row_that_is_dropped_is_not_trained_on(read, tmp_path):
+    system = {"prompt": [said("system", "be kind"), said("user", "question 5")], "chosen": "good", "rejected": "bad"}
+    broken = [ultra("question 3", chosen=""), ultra("question 4", "an end"), system, {"prompt": 7}, ultra("")]
+    lay(tmp_path / "data", "{}.jsonl", {"train": asked(*range(10)), "test": [*broken, *asked(30)]})
+    found = read(tmp_path / "data")
+    assert texts(found.test) == {"question 30"} and len(found.logs) == 7
+    assert texts(found.train) == {f"question {i}" for i in (0, 1, 2, 6, 7, 8, 9)} and found.dropped["held out"] == 3
 
 
 def test_in_setting_two_a_conversation_of_the_training_rows_is_no_test_prompt(read, tmp_path):
