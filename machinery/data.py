@@ -1,5 +1,9 @@
 """Data sets as texts: first prompts and logged conversations of UltraInteract_pair, Anthropic-HH and their like.
 
+    trajectory, chosen, rejected      UltraInteract_pair: a list of messages, and two answers to the last of them
+    chosen, rejected                  Anthropic-HH: two conversations, as text with its marks or as lists of messages
+    prompt, chosen, rejected          a text or a list of messages, and two answers, each a text or a list of one message
+
 Sections 4.2 and 4.3, appendix C.4, Table 5. Dialogues are made of them in simulator.py.
 """
 import csv
@@ -350,7 +354,7 @@ def longer_than(tokenizer, limits):
     factor = tokens_per_byte(tokenizer)
     asked = []
     for text, limit in limits:
-        if len(text) * factor > limit or not text.isascii() and len(text.encode()) * factor > limit:
+        if most_tokens(text, factor) > limit:
             asked.append(text)
     asked = list(dict.fromkeys(asked))
     counts = {}
@@ -362,12 +366,19 @@ def longer_than(tokenizer, limits):
     return [counts.get(text, limit) > limit for text, limit in limits]
 
 
+def most_tokens(text, factor):
+    """A bound that needs no tokenizer; plain ASCII passes NFC as it is."""
+    if text.isascii() and factor < math.inf:
+        return len(text)
+    return len(text.encode()) * factor
+
+
 @functools.lru_cache(maxsize=8)
 def tokens_per_byte(tokenizer):
     """The most tokens that a byte of text can become: 1 for a byte-level BPE; infinity where nothing is known.
 
     Each token of a byte-level BPE stands for one byte or more of what the normaliser leaves. NFC makes three bytes of
-    one at most (Unicode annex 15). A space put before a text, or a normaliser of another kind, and there is no bound."""
+    one at most (Unicode annex 15). With a space put before each text, or another normaliser, there is no bound."""
     core = getattr(tokenizer, "backend_tokenizer", None)
     if core is None or type(core.model).__name__ != "BPE" or core.pre_tokenizer is None:
         return math.inf
@@ -390,7 +401,7 @@ PARTS = ["test", "validation", "training"]
 PART_WORDS = {"train": TRAIN, "training": TRAIN, "test": TEST, "testing": TEST, "eval": TEST, "evaluation": TEST,
               "validation": VALIDATION, "valid": VALIDATION, "val": VALIDATION, "dev": VALIDATION}  # fmt: skip
 COLUMNS = ("trajectory", "prompt", "chosen", "rejected")
-KINDS = [(".parquet",), (".json", ".jsonl", ".ndjson"), (".csv", ".tsv"), (".arrow",)]  # of a folder, the first there is
+KINDS = [(".parquet",), (".json", ".jsonl", ".ndjson"), (".csv", ".tsv"), (".arrow",)]  # a folder's first is read
 PACKED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".xz": "xz"}
 DESCRIPTIONS = {"config.json", "dataset_infos.json"}  # json files that are no data
 
