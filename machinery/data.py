@@ -478,7 +478,8 @@ def library(name, path, kind):
     try:
         parts = datasets.load_dataset(path) if kind == "hub" else datasets.load_from_disk(path)
     except (datasets.exceptions.DatasetsError, StopIteration, *file_errors()) as error:
-        raise unreadable(name, path, error.__cause__ or error) from None
+        what = "is the name right, and is the hub within reach?" if kind == "hub" else WHOLE
+        raise unreadable(name, path, error.__cause__ or error, what) from None
     return parts if isinstance(parts, dict) else {"": parts}
 
 
@@ -614,9 +615,12 @@ def file_errors():
             pyarrow.ArrowException)  # fmt: skip
 
 
-def unreadable(name, place, error):
+WHOLE = "is it whole, and of the form that its name says?"
+
+
+def unreadable(name, place, error, what=WHOLE):
     """One line: the data set, the file, what is wrong and what to do."""
-    why, what = brief(f"{type(error).__name__} {error}"), "is it whole, and of the form that its name says?"
+    why = brief(f"{type(error).__name__} {error}")
     if isinstance(error, UnicodeError):
         why, what = "it holds text that is not UTF-8", "save it as UTF-8"
     elif isinstance(error, PermissionError):

@@ -486,6 +486,18 @@ def test_a_name_of_nothing_is_one_line(name, read):
     assert "\n" not in str(stop.value)
 
 
+def test_a_hub_id_that_cannot_be_had_is_one_line(read, monkeypatch):
+    import datasets
+
+    def fail(path):
+        raise ConnectionError("Couldn't reach\nthe hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(BadInput, match="is the name right, and is the hub within reach") as stop:
+        read("no/such")
+    assert "\n" not in str(stop.value) and "no/such" in str(stop.value)
+
+
 def test_a_folder_in_a_circle_of_links_is_read_once(read, tmp_path):
     write(tmp_path / "data" / "a.jsonl", ROWS)
     (tmp_path / "data" / "again").symlink_to(tmp_path / "data")
