@@ -385,15 +385,18 @@ def test_a_tokenizer_of_another_kind_has_no_bound(tokenizers):
     from tokenizers import normalizers, pre_tokenizers
 
     assert data.tokens_per_byte(tokenizers["toy"]) == float("inf")
-    for change in ("prefix space", "NFKC", "no bytes"):
+    for change in ("prefix space", "NFKC", "no bytes", "a step before"):
         tokenizer = make_bpe(LLAMA3, ["<|begin_of_text|>", "<|eot_id|>"], "<|begin_of_text|>", "<|eot_id|>")
         core = tokenizer.backend_tokenizer
         if change == "prefix space":
             core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         elif change == "NFKC":
             core.normalizer = normalizers.NFKC()
-        else:
+        elif change == "no bytes":
             core.pre_tokenizer = pre_tokenizers.Whitespace()
+        else:  # it writes a space as three bytes
+            steps = [pre_tokenizers.Metaspace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            core.pre_tokenizer = pre_tokenizers.Sequence(steps)
         assert data.tokens_per_byte(tokenizer) == float("inf"), change
 
 
