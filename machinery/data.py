@@ -1,20 +1,30 @@
 """Data sets as texts: first prompts and logged conversations of UltraInteract_pair, Anthropic-HH and their like.
 
+    trajectory, chosen, rejected      UltraInteract_pair: a list of messages, and two answers to the last of them
+    chosen, rejected                  Anthropic-HH: two conversations, as text with its marks or as lists of messages
+    prompt, chosen, rejected          a text or a list of messages, and two answers, each a text or a list of one message
+
 Sections 4.2 and 4.3, appendix C.4, Table 5. Dialogues are made of them in simulator.py.
 """
 import functools
-import glob
-import importlib.util
-import os
+import itertools
+import json
+import math
 import random
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from machinery.files import BadInput, brief, fingerprint_files, from_hub
+from machinery.files import BadInput
 from machinery.ranks import rank
+from machinery.rows import PARTS, TEST, TRAIN, VALIDATION, content_hash, data_rows
 from machinery.settings import seed_for
 from machinery.template import checked, encode, load_tokenizer, template_pieces
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a data set gives
+# ---------------------------------------------------------------------------------------------------------------
 
 
 class Prompt(NamedTuple):
@@ -36,18 +46,35 @@ class Logged(NamedTuple):
     secret: Any = None
 
 
+class Logs(Sequence):
+    """Logged conversations, of which only the number is known until somebody asks for one: most runs never do."""
+
+    def __init__(self, size, read):
+        self.size, self.read = size, read
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, row):
+        return self.rows[row]
+
+    @functools.cached_property
+    def rows(self):
+        return self.read()
+
+
 class Data(NamedTuple):
     train: list  # prompts
     test: list
-    logs: list  # conversations that begin with a training prompt, for the baselines that roll in by the data
+    logs: Sequence  # conversations that begin with a training prompt, for the baselines that roll in by the data
     dropped: Counter  # rows by reason
 
 
-DATASETS = {"ultrainteract": "openbmb/UltraInteract_pair", "hh": "Anthropic/hh-rlhf"}
 HELD_OUT = 1000  # first prompts: Table 3's 500 for tests and 500 for validation; a fifth of a set with fewer than 5,000
 # Setting two, tokens of (a question with its header, an answer): appendix C.4 for HH, Table 5 by the number of turns
 HH_CAPS = (128, 512)
 ULTRAINTERACT_CAPS = {1: (1024, 1024), 2: (768, 768), 3: (512, 512), 4: (256, 512), 5: (128, 512)}
+BATCH = 2048  # rows whose lengths are counted together
 
 
 def load_data(cfg, tokenizer):
@@ -67,61 +94,126 @@ def draw(what, size, cfg, t):
     return rows[part * cfg.num_prompts :][: cfg.num_prompts]
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Prompts, logs and the split
+# ---------------------------------------------------------------------------------------------------------------
+
+
 @functools.lru_cache(maxsize=4)
 def read_data(name, tokenizer_path, fixed, max_turns, longest):
-    """Prompts and logs of UltraInteract_pair, Anthropic-HH or a set of their form; what is dropped is counted.
+    """Prompts of UltraInteract_pair, Anthropic-HH or a set of their form; what is dropped is counted.
 
     fixed: the questions to come are the data's own (setting two); then a prompt is a list of all questions, with the
     caps of that setting. Else it is a first prompt of at most `longest` tokens. Prompts are de-duplicated, and those
-    with one first prompt are on one side of the split. The split depends on the texts alone, neither on the order of
-    the rows nor on any length or tokenizer, so that no other flag can bring a training prompt into the test. (The
-    released code splits rows, without a seed, and shares first prompts between training and test.)"""
-    rows, tokenizer, dropped = read_rows(name), load_tokenizer(tokenizer_path), Counter()
-    logs, distinct = [], {}
-    for row in decoded(name, rows):
-        log = logged(row)
-        if isinstance(log, str):
-            dropped[log] += 1
-            continue
-        logs.append(log)
-        key = log.questions if fixed else log.questions[0]
-        if key in distinct:
-            dropped["duplicate"] += 1
-        distinct.setdefault(key, log)
-
-    caps = HH_CAPS if "trajectory" not in rows.column_names else None
-    candidates = list(distinct.values())
-    prompts = {}  # by first prompt
-    for log, why in zip(candidates, too_long(tokenizer, candidates, fixed, max_turns, longest, caps)):
-        if why:
-            dropped[why] += 1
-            continue
-        prompt = Prompt(log.questions[0])
-        if fixed:
-            _, answer_cap = caps or ULTRAINTERACT_CAPS[len(log.questions)]
-            prompt = Prompt(log.questions[0], log.secret, answer_cap)
-        prompts.setdefault(prompt.text, []).append(prompt)
-
-    order = sorted({log.questions[0] for log in logs}, key=lambda text: seed_for("split", text))
-    cut = min(HELD_OUT, len(order) // 5)
-    test = [prompt for text in order[:cut] for prompt in prompts.get(text, ())]
-    train = [prompt for text in order[cut:] for prompt in prompts.get(text, ())]
-    sizes = f"{name}: {len(rows)} rows, {len(train)} training and {len(test)} test prompts; dropped: {dict(dropped)}"
+    with one first prompt are on one side of the split. Rows pass by and are not held: what stays is the questions."""
+    tokenizer, dropped = load_tokenizer(tokenizer_path), Counter()
+    size, usable = 0, Counter()  # by first prompt: its conversations that the baselines could roll in by
+    known, prompts = {}, {}  # the part of the data that a prompt is in; prompts by first prompt
+    texts, untested = {}, set()  # first prompts of test rows that are dropped: not trained on either
+    rows = data_rows(name)
+    while batch := list(itertools.islice(rows, BATCH)):
+        size += len(batch)
+        new = []
+        for part, row in batch:
+            log = logged(row)
+            if isinstance(log, str):
+                dropped[log] += 1
+                if part != TRAIN:
+                    untested.update(first_question(row))
+                continue
+            key = shared(texts, log.questions) if fixed else log.questions[0]
+            usable[log.questions[0]] += is_usable(log, max_turns)
+            if key in known:
+                dropped["duplicate"] += 1
+                known[key] = min(known[key], part)
+            else:
+                known[key] = part
+                new.append((key, log, caps_of(row, log)))
+        for (key, log, caps), why in zip(new, too_long(tokenizer, new, fixed, max_turns, longest), strict=True):
+            if why:
+                dropped[why] += 1
+                continue
+            prompt = Prompt(key[0], list(key[1:]), caps[1]) if fixed else Prompt(key)
+            prompts.setdefault(prompt.text, []).append(prompt)
+    train, test, held_out, whose = split(usable, known, untested, prompts, dropped, fixed)
+    sizes = f"{name}: {size} rows, {len(train)} training and {len(test)} test prompts{whose}; dropped: {dict(dropped)}"
+    if rank() == 0 and dropped[SYSTEM]:
+        print(f"{name}: {dropped[SYSTEM]} rows begin with a system turn, which a dialogue cannot carry yet: dropped",
+              flush=True)  # fmt: skip
     if not (train and test):
         raise BadInput(f"--dataset {sizes}")
     if rank() == 0:
         print(sizes, flush=True)
-    trained_on = set(order[cut:])
-    kept = [log for log in logs
-            if log.questions[0] in trained_on and log.rejected and len(log.questions) <= max_turns]  # fmt: skip
-    return Data(train, test, kept, dropped)
+    size = sum(number for text, number in usable.items() if text not in held_out)
+    return Data(train, test, Logs(size, functools.partial(read_logs, name, held_out, max_turns, size)), dropped)
 
 
-def decoded(name, rows):
-    try:
-        yield from rows
-    except UnicodeDecodeError:
-        raise BadInput(f"--dataset {name} holds text that is not UTF-8") from None
+def split(usable, known, untested, prompts, dropped, fixed):
+    """(training prompts, test prompts, the first prompts that are not trained on, a word on where the test is from).
+
+    A data set's own test rows, or else its validation rows, are the test, and no first prompt of either is trained on.
+    Where it has none the split depends on the texts alone, neither on the order of the rows nor on any length or
+    tokenizer, so that no other flag can bring a training prompt into the test. (The released code splits rows, without
+    a seed, and shares first prompts between training and test.)"""
+    order = sorted(usable, key=lambda text: seed_for("split", text))
+    parts = set(known.values())
+    own = TRAIN in parts and (len(parts) > 1 or bool(untested))
+    where = dict.fromkeys(order, TRAIN)
+    if own:
+        for key, part in known.items():
+            first = key[0] if fixed else key
+            where[first] = min(where[first], part)
+        for first in untested & where.keys():
+            where[first] = min(where[first], VALIDATION)
+    else:
+        for text in order[: min(HELD_OUT, len(order) // 5)]:
+            where[text] = TEST
+    test_part = min(where.values(), default=TEST)
+    train, test = [], []
+    for text in order:
+        for prompt in prompts.get(text, ()):
+            key = (text, *prompt.secret) if fixed else text
+            if where[text] == TRAIN:
+                train.append(prompt)
+            elif where[text] == test_part and (not own or known[key] == test_part):
+                test.append(prompt)
+            else:
+                dropped["held out"] += 1
+    held_out = {text for text, part in where.items() if part != TRAIN}
+    whose = f" (of its own {PARTS[test_part]} rows)" if own else ""
+    return train, test, held_out, whose
+
+
+def read_logs(name, held_out, max_turns, size):
+    """The conversations that the baselines roll in by; texts that several of them share are held once."""
+    found, texts = [], {}
+    for _, row in data_rows(name):
+        log = logged(row)
+        if isinstance(log, str) or log.questions[0] in held_out or not is_usable(log, max_turns):
+            continue
+        questions, answers = shared(texts, log.questions), shared(texts, log.answers)
+        chosen, rejected = shared(texts, (log.chosen, log.rejected))
+        found.append(Logged(questions, answers, chosen, rejected, list(questions[1:])))
+    if len(found) != size:
+        raise BadInput(f"--dataset {name} was changed while it was read: start again")
+    return found
+
+
+def shared(texts, row):
+    """The same texts as a tuple, each the one object that `texts` holds of it."""
+    return tuple(texts.setdefault(text, text) for text in row)
+
+
+def is_usable(log, max_turns):
+    return bool(log.rejected) and len(log.questions) <= max_turns
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A row
+# ---------------------------------------------------------------------------------------------------------------
+
+SYSTEM = "a system turn"
+ROLES = {"Human": "user", "human": "user", "Assistant": "assistant", "gpt": "assistant"}
 
 
 def logged(row):
@@ -130,22 +222,59 @@ def logged(row):
         if "trajectory" in row:
             history, chosen, rejected = turns_of(row["trajectory"]), row["chosen"], row["rejected"]
         else:
-            *history, (role, chosen) = turns_of(row["chosen"])
-            *other, (other_role, rejected) = turns_of(row["rejected"])
+            *history, (role, chosen) = conversation(row, row["chosen"])
+            *other, (other_role, rejected) = conversation(row, row["rejected"])
             rejected = rejected if other == history else None
             if not role == other_role == "assistant":
                 return "roles do not alternate"
     except (ValueError, TypeError, KeyError):
         return "malformed"
+    system = bool(history) and history[0][0] == "system"
+    if system:
+        history = history[1:]
     roles = ["user", *["assistant", "user"] * (len(history) // 2)]  # of an odd number of turns
     if [role for role, _ in history] != roles:
         return "roles do not alternate"
+    if system:
+        return SYSTEM
     try:
         texts = [checked(text) for _, text in history]
         rejected = rejected and checked(rejected)
         return Logged(tuple(texts[::2]), tuple(texts[1::2]), checked(chosen), rejected, texts[2::2])
     except BadInput:
         return "an empty turn"
+
+
+def first_question(row):
+    """The text of a dropped row's first user turn, as a list that is empty where there is none."""
+    try:
+        turns = turns_of(row["trajectory"]) if "trajectory" in row else conversation(row, row["chosen"])
+        return [checked(next(text for role, text in turns if role == "user"))]
+    except (ValueError, TypeError, KeyError, StopIteration):  # BadInput, of an empty turn, is a ValueError
+        return []
+
+
+def conversation(row, answer):
+    """[(role, text)] of a row without trajectory: `answer` is the whole conversation (HH), or what follows `prompt`."""
+    prompt = row.get("prompt")
+    if prompt is None or is_whole(row["chosen"]) and is_whole(row["rejected"]):
+        return turns_of(answer)
+    if not isinstance(prompt, str):
+        turns = turns_of(prompt)
+    elif is_whole(prompt) and prompt.rstrip().endswith("\n\nAssistant:"):  # HH's marks, up to where the answer begins
+        turns = turns_of(prompt)[:-1]
+    else:
+        turns = [("user", prompt)]
+    if isinstance(answer, list) and answer:
+        return turns + turns_of(answer)
+    return [*turns, ("assistant", answer if answer else None)]
+
+
+def is_whole(value):
+    """Whether a column holds a conversation from its first turn on, and not the answer alone."""
+    if isinstance(value, str):
+        return value.lstrip().startswith("Human:")
+    return isinstance(value, list) and bool(value) and turns_of(value[:1])[0][0] != "assistant"
 
 
 def turns_of(value):
@@ -157,104 +286,105 @@ def turns_of(value):
         pairs = list(zip(parts[::2], parts[1::2]))
     else:
         pairs = [(m["from"], m["value"]) if "from" in m else (m["role"], m["content"]) for m in value]
-    names = {"Human": "user", "human": "user", "Assistant": "assistant", "gpt": "assistant"}
-    return [(names.get(role, role), text) for role, text in pairs]
+    return [(ROLES.get(role, role), text_of(content)) for role, content in pairs]
 
 
-def too_long(tokenizer, logs, fixed, max_turns, longest, caps):
-    """For each conversation the reason why it cannot be a prompt, or None."""
+def text_of(content):
+    """A message's text, which may be given in parts; a part that is an image makes the row malformed."""
+    if not isinstance(content, list) or not content or not isinstance(content[0], dict):
+        return content
+    if any(part["type"] != "text" for part in content):
+        raise ValueError("a part that is no text")
+    return "".join(part["text"] for part in content)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Lengths
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def caps_of(row, log):
+    """Setting two's tokens of (a question, an answer); None where a conversation has more turns than any cap is for."""
+    return ULTRAINTERACT_CAPS.get(len(log.questions)) if "trajectory" in row else HH_CAPS
+
+
+def too_long(tokenizer, new, fixed, max_turns, longest):
+    """For each (key, conversation, caps) the reason why it cannot be a prompt, or None."""
     before, after, between, later = template_pieces(tokenizer)
     first, more = len(encode(tokenizer, before + after)), len(encode(tokenizer, between + later))
     if not fixed:
-        counts = token_counts(tokenizer, [d.questions[0] for d in logs])
-        return ["prompt too long" if first + n > longest else None for n in counts]
+        over = longer_than(tokenizer, [(log.questions[0], longest - first) for _, log, _ in new])
+        return ["prompt too long" if each else None for each in over]
     max_turns = min(max_turns, len(ULTRAINTERACT_CAPS))
-    short = [d for d in logs if len(d.questions) <= max_turns]
-    counts = iter(token_counts(tokenizer, [t for d in short for t in (*d.questions, *d.answers, d.chosen)]))
-    reasons = []
-    for d in logs:
-        H = len(d.questions)
-        if H > max_turns:
-            reasons.append(f"more than {max_turns} turns")
-            continue
-        questions, answers = [next(counts) for _ in range(H)], [next(counts) for _ in range(H)]
-        question_cap, answer_cap = caps or ULTRAINTERACT_CAPS[H]
-        over = max(n + (more if h else first) for h, n in enumerate(questions)) > question_cap
-        reasons.append("question too long" if over else "answer too long" if max(answers) > answer_cap else None)
+    reasons = [f"more than {max_turns} turns" if len(log.questions) > max_turns else None for _, log, _ in new]
+
+    def drop(why, limits_of):
+        asked, limits = [], []
+        for row, (_, log, caps) in enumerate(new):
+            if reasons[row] is None:
+                found = limits_of(log, caps)
+                asked += [row] * len(found)
+                limits += found
+        for row, over in zip(asked, longer_than(tokenizer, limits), strict=True):
+            if over:
+                reasons[row] = why
+
+    def questions(log, caps):
+        return [(text, caps[0] - (more if h else first)) for h, text in enumerate(log.questions)]
+
+    def answers(log, caps):
+        return [(text, caps[1]) for text in (*log.answers, log.chosen)]
+
+    drop("question too long", questions)
+    drop("answer too long", answers)  # of what is left: an answer costs most to tokenise
     return reasons
 
 
-def token_counts(tokenizer, texts):
-    counts = []
-    for start in range(0, len(texts), 4096):
-        part = texts[start : start + 4096]
-        counts += map(len, tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-    return counts
+def longer_than(tokenizer, limits):
+    """Of each (text, limit) whether the text has more tokens; a text is tokenised, once, where a bound cannot tell."""
+    factor = tokens_per_byte(tokenizer)
+    asked = []
+    for text, limit in limits:
+        if most_tokens(text, factor) > limit:
+            asked.append(text)
+    asked = list(dict.fromkeys(asked))
+    counts = {}
+    for start in range(0, len(asked), 256):  # the tokenizer holds a hundred bytes a token meanwhile
+        part = asked[start : start + 256]
+        ids = tokenizer(part, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False,
+                        return_token_type_ids=False, verbose=False)["input_ids"]  # fmt: skip
+        counts.update(zip(part, map(len, ids), strict=True))
+    return [counts.get(text, limit) > limit for text, limit in limits]
 
 
-def read_rows(name):
-    """All rows of a data set: a parquet, json or jsonl file, a folder of them or of save_to_disk, or a hub id."""
-    if not importlib.util.find_spec("datasets"):
-        raise BadInput(f"--dataset {name} needs the package datasets (pip install -r requirements.txt)")
-    import datasets
-    import pyarrow
-
-    path = DATASETS.get(name, name)
-    saved = any(os.path.exists(os.path.join(path, file)) for file in ("dataset_info.json", "dataset_dict.json"))
-    files = [] if saved else data_files(path)
-    if not saved and not files and (os.path.isdir(path) or path.count("/") != 1 or path[0] in "./~"):
-        raise BadInput(f"--dataset {name}: no parquet, json or jsonl file there, and no hub id")
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it cannot read it says twice
-    try:
-        if saved:
-            parts = datasets.load_from_disk(path)
-        elif files:
-            kind = "parquet" if files[0].endswith(".parquet") else "json"
-            check_json(files if kind == "json" else [])
-            parts = datasets.load_dataset(kind, data_files=files)
-        else:
-            parts = datasets.load_dataset(path)
-        rows = datasets.concatenate_datasets(list(parts.values())) if isinstance(parts, dict) else parts
-    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException, OSError, ValueError, TypeError,
-            StopIteration) as error:  # fmt: skip
-        error = error.__cause__ or error
-        why = brief(f"{type(error).__name__} {error}")  # StopIteration is what an empty file gives
-        raise BadInput(f"--dataset {name} cannot be read: {why}") from None
-    missing = {"chosen", "rejected"} - set(rows.column_names)
-    if missing:
-        raise BadInput(f"--dataset {name} has no column {' and no column '.join(sorted(missing))}")
-    return rows
+def most_tokens(text, factor):
+    """A bound that needs no tokenizer; plain ASCII passes NFC as it is."""
+    if text.isascii() and factor < math.inf:
+        return len(text)
+    return len(text.encode()) * factor
 
 
-def data_files(path):
-    """The parquet files of a folder, else its json and jsonl files; json beside parquet only describes it."""
-    if os.path.isfile(path):
-        return [path]
-    for kind in ("parquet", "json*"):
-        found = sorted(glob.glob(os.path.join(glob.escape(path), "**", f"*.{kind}"), recursive=True))
-        if found:
-            return found
-    return []
+@functools.lru_cache(maxsize=8)
+def tokens_per_byte(tokenizer):
+    """The most tokens that a byte of text can become: 1 for a byte-level BPE; infinity where nothing is known.
 
-
-def check_json(files):
-    """A file that begins with null crashes pyarrow."""
-    for file in files:
-        with open(file, "rb") as content:
-            if content.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] not in (b"{", b"[", b""):
-                raise ValueError(f"{os.path.basename(file)} holds no JSON objects")
+    Each token of a byte-level BPE stands for one byte or more of what the normaliser leaves. NFC makes three bytes of
+    one at most (Unicode annex 15). With a space put before each text, or another normaliser, there is no bound."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is None or type(core.model).__name__ != "BPE" or core.pre_tokenizer is None:
+        return math.inf
+    state = json.loads(core.pre_tokenizer.__getstate__())
+    steps = state["pretokenizers"] if state["type"] == "Sequence" else [state]
+    spaces = any(step.get("add_prefix_space") for step in steps)
+    kinds = {step["type"] for step in steps}
+    if spaces or "ByteLevel" not in kinds or kinds - {"ByteLevel", "Split", "Digits", "Punctuation"}:
+        return math.inf
+    normalizer = None if core.normalizer is None else type(core.normalizer).__name__
+    return {None: 1, "NFC": 3}.get(normalizer, math.inf)
 
 
 def fingerprint(cfg):
-    """What --dataset names, by content: a hash of its files, or the hub's own name of its state."""
-    path = DATASETS.get(cfg.dataset, cfg.dataset)
-    found = [path] if os.path.isfile(path) else []
-    for folder, _, names in os.walk(path):
-        found += [os.path.join(folder, name) for name in names if os.path.isfile(os.path.join(folder, name))]
-    if found:
-        return fingerprint_files(found)
-    from huggingface_hub import HfApi
+    """A hash of the content of all files that --dataset names, wherever they lie; of a hub id the commit that was read.
 
-    with from_hub(f"no file or folder {path}"):
-        return HfApi().dataset_info(path).sha
+    Files are hashed once in a process, in chunks."""
+    return content_hash(cfg.dataset)

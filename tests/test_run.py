@@ -15,7 +15,7 @@ import evaluate
 import refuel
 import simulator
 from helpers import ROOT, collected, equal_pairs, hh, random_pairs
-from machinery import data, engines, files, fsdp, meter, ranks
+from machinery import data, engines, files, fsdp, meter, ranks, rows
 from machinery.files import BadInput
 from machinery.run import Run, open_folder
 from refuel import refuel_loss
@@ -146,6 +146,7 @@ def test_a_data_set_of_other_content_at_the_same_path_has_another_fingerprint(cf
     found = []
     for last in ("worse", "worst"):
         path.write_text(json.dumps(hh("a", "b", last=last)) + "\n")
+        rows.content_hash.cache_clear()  # as another process
         found.append(data.fingerprint(replace(cfg, dataset=str(path))))
     assert found[0] != found[1]
 
