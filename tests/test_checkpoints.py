@@ -54,7 +54,9 @@ def beside(name):
 
 def indexed(path):
     names = load_file(os.path.join(path, "model.safetensors"))
-    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    shard = "model-00001-of-00001.safetensors"
+    index = {"weight_map": dict.fromkeys(names, shard)}
+    os.rename(os.path.join(path, "model.safetensors"), os.path.join(path, shard))
     files.write_file(os.path.join(path, files.INDEX), json.dumps(index))
 
 
@@ -82,16 +84,24 @@ def test_a_folder_that_leaves_doubt_is_refused_before_anything_is_loaded(base, t
 
 def test_what_the_index_does_not_name_is_not_read(base, tmp_path):
     def both(path):
-        indexed(path)
         beside("ema.safetensors")(path)
+        indexed(path)
 
     path = files.find_checkpoint(broken_checkpoint(base, tmp_path / "both", both))
-    assert files.weight_files(path) == [os.path.join(path, "model.safetensors")]
+    assert files.weight_files(path) == [os.path.join(path, "model-00001-of-00001.safetensors")]
     want = load_file(os.path.join(base, "model.safetensors"))
     read = dict(files.read_weights(path))
     trained = dict(fsdp.full_weights(fsdp.load_policy(path, every.CFG)))
     for name, tensor in want.items():
         assert torch.equal(read[name], tensor) and torch.equal(trained[name], tensor)
+
+
+def test_without_an_index_model_safetensors_alone_is_read(base, tmp_path):
+    def adapter(path):
+        save_file({"lora": torch.ones(2)}, os.path.join(path, "adapter.safetensors"))
+
+    path = broken_checkpoint(base, tmp_path / "adapter", adapter)
+    assert files.weight_files(files.find_checkpoint(path)) == [os.path.join(path, "model.safetensors")]
 
 
 def test_the_run_itself_looks_at_policy_and_reference_first(base, tmp_path):
