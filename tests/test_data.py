@@ -558,3 +558,10 @@ def test_the_baselines_draw_the_same_dialogues_of_lazy_logs(read, cfg, tmp_path)
 def test_hh_text_is_read_as_before():
     log = data.logged(hh("q", "a", "r", "b"))
     assert (log.questions, log.answers, log.chosen, log.rejected) == (("q", "r"), ("a",), "b", "worse")
+
+
+def test_what_only_describes_a_folder_or_is_hidden_is_no_data(read, tmp_path):
+    home = write(tmp_path / "data" / "a.jsonl", ROWS).parent
+    for name in ("dataset_infos.json", "config.json", ".hidden.jsonl", ".cache/b.jsonl"):
+        write(home / name, [{"no": "data"}])
+    assert len(read(home).train) == 16 and not read(home).dropped
