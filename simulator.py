@@ -22,7 +22,7 @@ from machinery.engines import load_engine
 from machinery.files import BadInput, check_positions, find_checkpoint
 from machinery.ranks import barrier, one_line, rank, start_processes
 from machinery.settings import read_config, seed_for
-from machinery.template import checked, encode, end_token, later_ids, load_tokenizer, opening_ids
+from machinery.template import check_history, checked, encode, end_token, later_ids, load_tokenizer, opening_ids, said
 
 # ---------------------------------------------------------------------------------------------------------------
 # The dialogue: state s_h, response y_h, user turn x_{h+1} (section 2)
@@ -59,19 +59,22 @@ class Dialogue:
     @classmethod
     def start(cls, tokenizer, user_text, secret=None, stream=(0,), limit=None):
         """s_1: the opening as the chat template renders it, with the header that makes the assistant speak."""
+        check_history(tokenizer)
         text = checked(user_text)
         message = {"role": "user", "content": text}
         return cls(opening_ids(tokenizer, text), messages=[message], secret=secret, stream=tuple(stream), limit=limit)
 
     def add_answer(self, tokenizer, ids, truncated=False, logp=math.nan):
-        """Append y_h exactly as it was sampled: no token is added, dropped or decoded and encoded again."""
+        """Append y_h exactly as it was sampled: no token is added, dropped or decoded and encoded again.
+
+        Its message is what the others read of it (template.said): no thoughts, no end token, other control tokens as
+        plain text."""
         if self.messages[-1]["role"] != "user":
             raise BadInput("a dialogue must alternate: an answer follows a user's turn")
         ids = [int(i) for i in ids]
         self.spans.append((len(self.ids), len(self.ids) + len(ids)))
         self.ids += ids
-        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        self.messages.append({"role": "assistant", "content": text})
+        self.messages.append({"role": "assistant", "content": said(tokenizer, ids, truncated)})
         self.truncated.append(bool(truncated))
         self.logps.append(float(logp))
         return self
