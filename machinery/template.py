@@ -83,12 +83,12 @@ def render(tokenizer, messages, **options):
 def ends(template, special):
     """Whether a template's rendering of nine short turns stays in its bounds; its other errors are not looked at here.
 
-    An endless loop or 10 ** 10 ** 10 can be stopped from outside of a process alone: hence one, with limits of its own."""
+    An endless loop or 10 ** (10 ** 10) is stopped from outside of its process alone: hence one, with limits of its own."""
     command = [sys.executable, "-c", "from machinery.template import trial; trial()"]
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     try:
         done = subprocess.run(command, input=json.dumps([template, special]), cwd=root, capture_output=True, text=True,
-                              timeout=60 * RENDER_SECONDS)  # fmt: skip
+                              timeout=20 * RENDER_SECONDS)  # fmt: skip
     except subprocess.TimeoutExpired:
         return False
     return done.returncode == 0
@@ -219,8 +219,8 @@ def said(tokenizer, ids, truncated):
     others must see it too, and what is text to them opens no turn (encode, conversation_ids, user_prompt).
     A thought that begins the answer, or that the header began, and that never ends has no answer behind it."""
     ids = list(ids)
-    controls = tokenizer.all_special_ids
-    if ids and (ids[-1] == end_token(tokenizer) or ids[-1] in controls and not truncated):
+    last = tokenizer.added_tokens_decoder.get(ids[-1]) if ids else None
+    if last and (ids[-1] == end_token(tokenizer) or last.special and not truncated):
         ids.pop()
     text = tokenizer.decode(ids, skip_special_tokens=False).strip()
     opened = template_pieces(tokenizer)[1].rstrip().endswith("<think>")
