@@ -20,11 +20,12 @@ import numpy as np
 import toy
 from machinery import data, families, rewards, users
 from machinery.engines import load_engine
-from machinery.files import BadInput, check_positions, find_checkpoint, fingerprint, versions
+from machinery.files import BadInput, check_positions, find_checkpoint, fingerprint, load_config, versions
 from machinery.ranks import barrier, one_line, rank, start_processes
 from machinery.seams import ask, score
 from machinery.settings import engine_name, read_config, seed_for
-from machinery.template import checked, encode, end_token, later_ids, load_tokenizer, opening_ids
+from machinery.template import (check_history, check_vocabulary, checked, encode, end_token, later_ids, load_tokenizer,
+                                opening_ids, said)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------
 # The dialogue: state s_h, response y_h, user turn x_{h+1} (section 2)
@@ -61,19 +62,22 @@ class Dialogue:
     @classmethod
     def start(cls, tokenizer, user_text, secret=None, stream=(0,), limit=None):
         """s_1: the opening as the chat template renders it, with the header that makes the assistant speak."""
+        check_history(tokenizer)
         text = checked(user_text)
         message = {"role": "user", "content": text}
         return cls(opening_ids(tokenizer, text), messages=[message], secret=secret, stream=tuple(stream), limit=limit)
 
     def add_answer(self, tokenizer, ids, truncated=False, logp=math.nan):
-        """Append y_h exactly as it was sampled: no token is added, dropped or decoded and encoded again."""
+        """Append y_h exactly as it was sampled: no token is added, dropped or decoded and encoded again.
+
+        Its message is what the others read of it (template.said): no thoughts, no end token, other control tokens as
+        plain text."""
         if self.messages[-1]["role"] != "user":
             raise BadInput("a dialogue must alternate: an answer follows a user's turn")
         ids = [int(i) for i in ids]
         self.spans.append((len(self.ids), len(self.ids) + len(ids)))
         self.ids += ids
-        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        self.messages.append({"role": "assistant", "content": text})
+        self.messages.append({"role": "assistant", "content": said(tokenizer, ids, truncated)})
         self.truncated.append(bool(truncated))
         self.logps.append(float(logp))
         return self
@@ -220,6 +224,7 @@ def prepare(cfg, trains=True):
     for path in {cfg.policy, cfg.reference}:
         families.check_policy(path)
     tokenizer = load_tokenizer(cfg.policy)
+    check_vocabulary(tokenizer, load_config(cfg.policy).vocab_size)
     if trains:
         check_room(train_prompts(cfg, tokenizer, 1), cfg, tokenizer)
     check_room(test_prompts(cfg, tokenizer), cfg, tokenizer)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from machinery.files import BadInput, read_json
 from machinery.ranks import world
 from machinery.settings import seed_for
-from machinery.template import checked, opening_ids
+from machinery.template import checked, opening_ids, without_thoughts
 
 FAILURES = 0.05  # the share of questions that may stay unanswered
 
@@ -173,7 +173,7 @@ class Server:
             return "", self.one_line(f"a reply that was cut, finish_reason {finish} {said}")
         if not isinstance(text, str):
             raise ValueError(f"a reply without text, finish_reason {finish}: {said}")
-        return spoken(text), None
+        return without_thoughts(text), None
 
     def hidden(self, text):
         """The text without the key, should the server echo it."""
@@ -199,19 +199,6 @@ def echo(key):
             pattern += rf"(?:\\{{0,4}}{plain}|\\{{1,4}}u(?i:{ord(c):04x})|%(?:25){{0,3}}(?i:{ord(c):02x}))"
         patterns.append(pattern)
     return re.compile("|".join(patterns))
-
-
-def spoken(text):
-    """What a reply says: what a reasoning model has thought before is no part of it, and thoughts without an end are
-    all that was said.
-
-    >>> spoken("<think>Shall I?</think>\\n\\nGo on.")
-    'Go on.'
-    """
-    _, mark, rest = text.rpartition("</think>")
-    if rest.lstrip().startswith("<think>"):
-        return ""
-    return rest.lstrip() if mark else text
 
 
 async def close(client):
@@ -248,7 +235,7 @@ class Local:
         ids, cut, _ = answer
         if self.whole and cut:
             return "", None
-        return spoken(self.engine.tokenizer.decode(ids, skip_special_tokens=True).strip()), None
+        return without_thoughts(self.engine.tokenizer.decode(ids, skip_special_tokens=True).strip()), None
 
 
 def longest_prompt(path, room):

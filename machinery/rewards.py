@@ -13,22 +13,31 @@ import torch
 from machinery.files import BadInput, find_checkpoint, read_json, read_weights, weight_names
 from machinery.ranks import add_up, device, dtype, rank, world
 from machinery.seams import score
-from machinery.template import encode, encode_plain
+from machinery.template import encode, encode_plain, render
 
 
 def conversation_ids(tokenizer, messages):
     """A finished conversation as the reward model's own chat template renders it, with the BOS that the template writes
     and no other. The strings of control tokens inside a text stay text: an answer that spells out an end token must
     not move the place where a score is read."""
-    names, held, shown = [str(token) for token in tokenizer.added_tokens_decoder.values()], {}, []
+    names = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+    mark = "\ue000"
+    while any(mark in m["content"] for m in messages):  # until no text can contain a place of another's
+        mark += "\ue000"
+    held, shown = {}, []
     for i, m in enumerate(messages):
         if any(name in m["content"] for name in names):
-            held[f"\ue000{i}\ue000"] = m["content"].strip()
-            m = m | {"content": f"\ue000{i}\ue000"}
+            place = f"{mark}{i}{mark}"
+            held[place] = m["content"].strip()
+            m = m | {"content": place}
         shown.append(m)
-    pieces = re.split("(\ue000\\d+\ue000)", tokenizer.apply_chat_template(shown, tokenize=False))
-    encoded = (encode_plain(tokenizer, held[p]) if p in held else encode(tokenizer, p) for p in pieces if p)
-    return [i for piece in encoded for i in piece]
+    ids = []
+    for piece in re.split(f"({mark}\\d+{mark})", render(tokenizer, shown)):
+        if piece in held:
+            ids += encode_plain(tokenizer, held[piece])
+        elif piece:
+            ids += encode(tokenizer, piece)
+    return ids
 
 
 class RewardModel:

@@ -1,8 +1,21 @@
 """A chat template's own tokens: what it writes around a user's text, what ends an answer, and text that stays text."""
 import functools
+import json
 import os
+import resource
+import subprocess
+import sys
 
 from machinery.files import BadInput, brief, read_json
+
+PROBES = ("Wide  gaps,\n\nlines\tand (punctuation)!", "Na\u00efve: \u65e5\u672c\u8a9e \u2013 \U0001f642")
+RENDER_SECONDS = 5  # of a processor; a real template needs a thousandth
+RENDER_BYTES = 2**30  # of memory, the interpreter included
+RENDER_CHARACTERS = 2**20  # of what comes out
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loading: what a tokenizer and its template must be able to do
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(path):
@@ -13,15 +26,123 @@ def load_tokenizer(path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise BadInput(f"{path} has no tokenizer that loads: {brief(error)}") from None
+    check_round_trip(tokenizer)
     template_pieces(tokenizer)
     return tokenizer
+
+
+def check_round_trip(tokenizer):
+    """Refuse a tokenizer that does not give back what it was given.
+
+    Some releases of transformers read a byte-level file that is labelled LlamaTokenizerFast as a SentencePiece one: every
+    space and line break is lost. Outer white space is free. A vocabulary of whole words that has none of the probe's,
+    such as the toy's, is let pass, and so is one that lacks characters beyond ASCII."""
+    unknown = tokenizer.unk_token_id
+    for probe in PROBES:
+        ids = tokenizer.encode(probe, add_special_tokens=False)
+        known = [i for i in ids if i != unknown]
+        lacks = len(known) < len(ids)
+        if lacks and not (known and probe.isascii()):
+            continue
+        back = tokenizer.decode(ids)
+        if back.strip() != probe:
+            raise BadInput(f"the tokenizer {tokenizer.name_or_path} gives back {back!r} for {probe!r} (as "
+                           f"{type(tokenizer).__name__}: is tokenizer_class in its tokenizer_config.json right?)")  # fmt: skip
+
+
+def check_vocabulary(tokenizer, vocab_size):
+    """Refuse a tokenizer that can give the model an id that it has no embedding for: in the template or in a text."""
+    used = set(opening_ids(tokenizer, "x") + later_ids(tokenizer, "x"))
+    if tokenizer.eos_token_id is not None:
+        used.add(tokenizer.eos_token_id)
+    for i in tokenizer.get_vocab().values():
+        if i not in tokenizer.added_tokens_decoder:  # an added token that the template does not use never occurs
+            used.add(i)
+    if max(used) >= vocab_size:
+        token = tokenizer.convert_ids_to_tokens(max(used))
+        raise BadInput(f"the tokenizer {tokenizer.name_or_path} has {token!r} as id {max(used)}, but its model's "
+                       f"vocab_size is {vocab_size}")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rendering, bounded
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def render(tokenizer, messages, **options):
+    """A conversation as the chat template writes it, after one trial of the template in a process that can be stopped."""
+    template = tokenizer.get_chat_template()
+    special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    if not ends(template, json.dumps(special)):
+        raise BadInput(f"the chat template of {tokenizer.name_or_path} does not end: more than {RENDER_SECONDS} seconds, "
+                       f"{RENDER_BYTES >> 20} MB of memory or {RENDER_CHARACTERS} characters")  # fmt: skip
+    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+
+@functools.lru_cache(maxsize=64)
+def ends(template, special):
+    """Whether a template's rendering of nine short turns stays in its bounds; its other errors are not looked at here.
+
+    An endless loop or 10 ** (10 ** 10) is stopped from outside of its process alone: hence one, with limits of its own."""
+    command = [sys.executable, "-c", "from machinery.template import trial; trial()"]
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    try:
+        done = subprocess.run(command, input=json.dumps([template, special]), cwd=root, capture_output=True, text=True,
+                              timeout=20 * RENDER_SECONDS)  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def trial():
+    """Render the template on stdin under limits of time and memory: the whole work of that process."""
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """transformers' {% generation %} block, which writes what it holds."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+    def raise_exception(message):
+        raise ValueError(message)
+
+    resource.setrlimit(resource.RLIMIT_CPU, (RENDER_SECONDS, RENDER_SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (RENDER_BYTES, RENDER_BYTES))
+    template, special = json.load(sys.stdin)
+    messages = []
+    for i in range(9):
+        messages.append({"role": ("user", "assistant")[i % 2], "content": f"turn {i}"})
+    try:
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                    extensions=[Generation, loopcontrols])  # fmt: skip
+        environment.globals.update(raise_exception=raise_exception, strftime_now=str)
+        text = environment.from_string(template).render(messages=messages, add_generation_prompt=True,
+                                                        tools=None, documents=None, **json.loads(special))  # fmt: skip
+    except MemoryError:
+        sys.exit(1)
+    except Exception:  # whatever else is wrong with it, the rendering itself reports
+        return
+    if len(text) > RENDER_CHARACTERS:
+        sys.exit(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The template's own tokens
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=8)
 def template_pieces(tokenizer):
     """What the chat template writes around a user's text: (before the first, after it, before a later one, after it).
 
-    Found by rendering marked texts, so that any template whose turns end in a special token will do."""
+    Found by rendering marked texts, so that any template whose turns end in a special token will do. The white space
+    that Llama 2's template writes between an answer and its end token is the answer's to say. Where the generation
+    prompt is the end of the user's turn ("[INST] x [/INST]"), add_generation_prompt adds nothing."""
     from jinja2 import TemplateError
 
     name = tokenizer.name_or_path
@@ -30,19 +151,92 @@ def template_pieces(tokenizer):
     user, answer = "\ue000user\ue000", "\ue000answer\ue000"
     first = [{"role": "user", "content": user}]
     later = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}, *first]
-    render = functools.partial(tokenizer.apply_chat_template, tokenize=False)
     try:
-        before, after = render(first, add_generation_prompt=True).split(user)
-        between, later_after = render(later, add_generation_prompt=True).split(answer)[1].split(user)
-        prompted = render(first) != before + user + after
-    except (TemplateError, LookupError, ValueError, TypeError, OverflowError) as error:
+        before, after = render(tokenizer, first, add_generation_prompt=True).split(user)
+        between, later_after = render(tokenizer, later, add_generation_prompt=True).split(answer)[1].split(user)
+        unprompted = render(tokenizer, first) == before + user + after
+    except BadInput:
+        raise
+    except (TemplateError, LookupError, ValueError, TypeError, ArithmeticError) as error:
         raise BadInput(f"the chat template of {name} does not render a conversation: "
                        f"{type(error).__name__} {brief(error)}") from None  # fmt: skip
-    if not prompted:
+    between = between.lstrip()
+    closing = after.strip()
+    if unprompted and (not closing or between.startswith(closing)):  # what ends an answer as well cannot open one
         raise BadInput(f"the chat template of {name} has no generation prompt")
-    if encode(tokenizer, between)[0] not in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder):
+    ids = encode(tokenizer, between)
+    if not ids or ids[0] not in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder):
         raise BadInput(f"the chat template of {name} does not end an answer with a special token")
     return before, after, between, later_after
+
+
+@functools.lru_cache(maxsize=8)
+def check_history(tokenizer):
+    """Refuse a policy's template that writes earlier turns otherwise than they were said and heard.
+
+    A dialogue's ids are what was sampled, thoughts included, and a reset is a slice of them. Qwen3's and DeepSeek-R1's
+    templates drop an earlier answer's thoughts: at the next turn their policy would see another context than these ids.
+    Users, reward models and judges are free to have such a template."""
+    name = tokenizer.name_or_path
+    pieces = template_pieces(tokenizer)
+    if has_history(tokenizer, pieces, "y") and has_history(tokenizer, pieces, thought(pieces[1]) + "</think>y"):
+        return
+    if "</think>" in tokenizer.get_chat_template():
+        raise BadInput(f"the chat template of {name} drops the thoughts (<think>...</think>) of earlier answers, so that a "
+                       f"policy would not see what it said: give it a chat_template.jinja that keeps them")  # fmt: skip
+    raise BadInput(f"the chat template of {name} writes an earlier turn otherwise than it was said: a policy needs one that "
+                   f"keeps it, behind the same generation prompt")  # fmt: skip
+
+
+def thought(header):
+    """How a thoughtful answer begins behind this header: some open the thought themselves."""
+    return "t" if header.rstrip().endswith("<think>") else "<think>t"
+
+
+def has_history(tokenizer, pieces, answer):
+    """Whether a rendered conversation of three turns is its pieces in a row, white space around an answer aside."""
+    before, after, between, later_after = pieces
+    messages = [{"role": "user", "content": "x"}]
+    expected = [before + "x" + after]
+    for _ in range(2):
+        messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "user", "content": "x"})
+        expected += [answer, between + "x" + later_after]
+    text = render(tokenizer, messages, add_generation_prompt=True)
+    for piece in expected:
+        if not text.startswith(piece):
+            text = text.lstrip()
+        if not text.startswith(piece):
+            return False
+        text = text.removeprefix(piece)
+    return not text
+
+
+def said(tokenizer, ids, truncated):
+    """An answer's text for users, reward models and judges: without its thoughts and without the token that ended it.
+
+    A control token anywhere else is shown as plain text: the policy reads a turn of its own making behind it, so the
+    others must see it too, and what is text to them opens no turn (encode, conversation_ids, user_prompt).
+    A thought that begins the answer, or that the header began, and that never ends has no answer behind it."""
+    ids = list(ids)
+    last = tokenizer.added_tokens_decoder.get(ids[-1]) if ids else None
+    if last and (ids[-1] == end_token(tokenizer) or last.special and not truncated):
+        ids.pop()
+    text = tokenizer.decode(ids, skip_special_tokens=False).strip()
+    opened = template_pieces(tokenizer)[1].rstrip().endswith("<think>")
+    if opened or text.startswith("<think>"):
+        text = without_thoughts("<think>" + text)
+    return text
+
+
+def without_thoughts(text):
+    """What stands behind the last </think>; nothing where a thought has begun and not ended.
+
+    >>> without_thoughts("<think>far?</think> 5 miles"), without_thoughts("<think>far")
+    ('5 miles', '')
+    """
+    text = text.rpartition("</think>")[2].strip()
+    return "" if text.startswith("<think>") else text
 
 
 def checked(text):

@@ -5,6 +5,7 @@ A user has reply(dialogues) -> [text, or None where it has no turn to give], and
 import importlib.util
 import math
 import os
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from machinery.ask import Local, Server, longest_prompt
 from machinery.engines import gpu_share, load_engine
 from machinery.files import BadInput, find_checkpoint
 from machinery.ranks import node
-from machinery.template import load_tokenizer
+from machinery.template import load_tokenizer, without_thoughts
 
 # Appendix C.2 in the paper's wording; the line breaks and the speakers' marks, lost there, are the released code's.
 USER_PROMPT = """Below is a dialogue between the user and the assistant. Pretend you are the user in this conversation. \
@@ -68,22 +69,41 @@ class LLMUser:
 
 
 def user_prompt(messages):
-    dialogue = "\n\n".join(f"### {m['role']}: {m['content']}" for m in messages)
-    return USER_PROMPT.format(dialogue=dialogue)
+    """Appendix C.2 on a conversation.
+
+    Paper: each message as it is. Here: its lines after the first are indented, because an answer or the data's own text
+    that has a line "### user:" or "### Instructions:" would play the user or give orders. Only our own marks begin a line."""
+    turns = []
+    for m in messages:
+        lines = m["content"].splitlines()
+        turns.append(f"### {m['role']}: " + "\n    ".join(lines))
+    return USER_PROMPT.format(dialogue="\n\n".join(turns))
+
+
+MARK = re.compile(r"^[ \t]*\**Question\**:\**", re.MULTILINE)
+INLINE = re.compile(r"(?<=[.!?])[ \t]+\**Question\**:\**")  # on the justification's own line, behind its sentence
+SPEAKER = re.compile(r"^[ \t]*###+[ \t]*(?:user|assistant|system)[ \t]*:.*", re.MULTILINE | re.DOTALL | re.IGNORECASE)
 
 
 def next_question(reply, longest):
-    """What stands behind the last "Question:" of a user model's reply; None where that is missing, empty or too long.
+    """What stands behind the last line of a user model's reply that begins with "Question:"; None where there is none
+    or where the question is empty or too long. A question may have the word inside it.
 
-    The released code takes the whole reply, justification and all, where the mark is missing, and an empty turn where
-    nothing follows it. A mark in bold type leaves its closing stars in front of the question.
+    The released code cuts at the word wherever it stands, takes the whole reply, justification and all, where it is
+    missing, and an empty turn where nothing follows it. A reasoning model's thoughts are not its reply, and a model that
+    plays the assistant as well ("### assistant:") is heard up to there.
 
     >>> next_question("Justification: to know. **Question:** How far is it?", 100)
     'How far is it?'
+    >>> next_question('Justification: unclear.\\nQuestion: what is "Question: 5"?', 100)
+    'what is "Question: 5"?'
     """
-    _, mark, text = reply.rpartition("Question:")
-    text = text.strip().removeprefix("**").strip()
-    return text if mark and 0 < len(text) <= longest else None
+    reply = without_thoughts(reply)
+    marks = list(MARK.finditer(reply)) or list(INLINE.finditer(reply))[:1]
+    if not marks:
+        return None
+    text = SPEAKER.sub("", reply[marks[-1].end() :]).strip()
+    return text if 0 < len(text) <= longest else None
 
 
 class DataUser:

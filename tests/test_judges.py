@@ -17,10 +17,11 @@ import torch
 from machinery import ask
 import evaluate
 from machinery import judges
-from machinery.ask import Server, echo, spoken
+from machinery.ask import Server, echo
 from machinery.files import BadInput
 from machinery.judges import LLMJudge, vote
 from machinery.settings import seed_for
+from machinery.template import without_thoughts
 
 # --- the judge's prompt and its verdict -------------------------------------------------------------------------
 
@@ -455,11 +456,11 @@ def test_a_whole_reply_is_one_that_has_stopped_by_itself(finish, whole, expected
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("plain", "plain"), (" as it is\n", " as it is\n"), ("<think>a</think>b", "b"), ("a\n</think>\n\nb", "b"),
+    ("plain", "plain"), (" as it is\n", "as it is"), ("<think>a</think>b", "b"), ("a\n</think>\n\nb", "b"),
     ("<think>a</think>b<think>c</think>d", "d"), ("<think>a", ""), ("\n<think>\na", ""), ("<think>a</think><think>b", ""),
     ("What does <think> mean?", "What does <think> mean?"), ("<think>a</think>", ""), ("", "")])  # fmt: skip
-def test_thoughts_are_not_spoken(text, expected):
-    assert spoken(text) == expected
+def test_thoughts_are_not_without_thoughts(text, expected):
+    assert without_thoughts(text) == expected
 
 
 ODD = "sk+/8=%a\"b<é"[:10]  # of the least length that is hidden and more, with characters that are escaped
@@ -548,7 +549,7 @@ def test_a_local_checkpoint_judges_and_its_babble_stops_the_run(talker, cfg, tmp
     assert sizes == [4, 2] and everything_in(tmp_path / "cut") == ""
     local.whole = False
     with monkeypatch.context() as patch:
-        patch.setattr(ask, "spoken", lambda text: "Preferred: A")  # what Local gives is what is spoken
+        patch.setattr(ask, "without_thoughts", lambda text: "Preferred: A")  # what Local gives is what is spoken
         assert list(local(["x"])) == [(0, "Preferred: A", None)]
     judge = LLMJudge(local, "local", str(tmp_path / "verdicts"))
     with pytest.raises(BadInput, match="6 of 6 replies of the judge have no verdict"):
