@@ -16,7 +16,7 @@ from tqdm import tqdm
 from machinery.files import BadInput, read_json
 from machinery.ranks import world
 from machinery.settings import seed_for
-from machinery.template import checked, opening_ids, without_thoughts
+from machinery.template import checked, opening_ids, said, without_thoughts
 
 FAILURES = 0.05  # the share of questions that may stay unanswered
 
@@ -235,7 +235,7 @@ class Local:
         ids, cut, _ = answer
         if self.whole and cut:
             return "", None
-        return without_thoughts(self.engine.tokenizer.decode(ids, skip_special_tokens=True).strip()), None
+        return said(self.engine.tokenizer, ids, cut), None
 
 
 def longest_prompt(path, room):

@@ -13,7 +13,7 @@ import torch
 from machinery.files import BadInput, find_checkpoint, read_json, read_weights, weight_names
 from machinery.ranks import add_up, device, dtype, rank, world
 from machinery.seams import score
-from machinery.template import encode, encode_plain, render
+from machinery.template import check_round_trip, encode, encode_plain, render
 
 
 def conversation_ids(tokenizer, messages):
@@ -54,6 +54,7 @@ class RewardModel:
         self.batch_tokens, self.tokens = tokens, Counter()
         if not self.tokenizer.chat_template:
             raise BadInput(f"--reward {path} has no chat template")
+        check_round_trip(self.tokenizer)
         self.device = device()
         self.load(path, dtype())
         self.max_length = min(max_length, self.body.config.max_position_embeddings)

@@ -549,7 +549,7 @@ def test_a_local_checkpoint_judges_and_its_babble_stops_the_run(talker, cfg, tmp
     assert sizes == [4, 2] and everything_in(tmp_path / "cut") == ""
     local.whole = False
     with monkeypatch.context() as patch:
-        patch.setattr(ask, "without_thoughts", lambda text: "Preferred: A")  # what Local gives is what is spoken
+        patch.setattr(ask, "said", lambda *_: "Preferred: A")  # what Local gives is what is said
         assert list(local(["x"])) == [(0, "Preferred: A", None)]
     judge = LLMJudge(local, "local", str(tmp_path / "verdicts"))
     with pytest.raises(BadInput, match="6 of 6 replies of the judge have no verdict"):
