@@ -235,7 +235,7 @@ def play(file, path, prompts, policy, user, cfg):
             for _ in read_weights(path):  # which are finite: an engine would play with any
                 pass
             policy = engines.load_engine(path, cfg)
-            prompts = [Dialogue.start(policy.tokenizer, p.messages[0]["content"], p.secret, p.stream, p.limit)
+            prompts = [Dialogue.start(policy.tokenizer, p.messages[0]["content"], p.secret, p.stream, p.limit, p.system)
                        for p in prompts]  # fmt: skip
 
     def wave(rows, _):
@@ -246,8 +246,8 @@ def play(file, path, prompts, policy, user, cfg):
     dialogues = []
     for row in in_waves(file, prompts, cfg.eval_wave, wave, f"evaluate {path}"):
         dialogues.append(Dialogue.from_json(row))
-    openings = [d.messages[0] for d in dialogues]
-    if openings != [p.messages[0] for p in prompts]:  # else two conversations would be compared that never met
+    openings = [(d.system, d.messages[0]) for d in dialogues]
+    if openings != [(p.system, p.messages[0]) for p in prompts]:  # else two conversations would be compared that never met
         raise BadInput(f"{file} begins with other openings than --dataset {cfg.dataset}: choose another --out")
     return dialogues
 

@@ -43,6 +43,7 @@ class Dialogue:
     logps      per assistant turn: ln pi of the sampled tokens as the engine reports it (to watch engine and trainer)
     secret     what only the user knows; stream names this dialogue's randomness; failed says why it was given up
     limit      tokens of an answer, where they are fewer than the engine's own
+    system     a system prompt: in ids and for the reward model, not among the messages
 
     >>> d = Dialogue.start(tokenizer, "hi").add_answer(tokenizer, [9, 4]).add_user(tokenizer, "go on")
     >>> d.ids[d.spans[0][0]:d.spans[0][1]], d.reset(1).ids == d.ids[:d.spans[0][0]]
@@ -58,14 +59,16 @@ class Dialogue:
     stream: tuple = (0,)
     limit: int | None = None
     failed: str | None = None
+    system: str | None = None
 
     @classmethod
-    def start(cls, tokenizer, user_text, secret=None, stream=(0,), limit=None):
+    def start(cls, tokenizer, user_text, secret=None, stream=(0,), limit=None, system=None):
         """s_1: the opening as the chat template renders it, with the header that makes the assistant speak."""
         check_history(tokenizer)
         text = checked(user_text)
         message = {"role": "user", "content": text}
-        return cls(opening_ids(tokenizer, text), messages=[message], secret=secret, stream=tuple(stream), limit=limit)
+        return cls(opening_ids(tokenizer, text, system), messages=[message], secret=secret, stream=tuple(stream),
+                   limit=limit, system=system)  # fmt: skip
 
     def add_answer(self, tokenizer, ids, truncated=False, logp=math.nan):
         """Append y_h exactly as it was sampled: no token is added, dropped or decoded and encoded again.
@@ -116,7 +119,12 @@ class Dialogue:
 
     def cut(self, tokens, answers, messages):
         return Dialogue(self.ids[:tokens], self.spans[:answers], [m.copy() for m in self.messages[:messages]],
-                        self.truncated[:answers], self.logps[:answers], self.secret, self.stream, self.limit)  # fmt: skip
+                        self.truncated[:answers], self.logps[:answers], self.secret, self.stream, self.limit,
+                        system=self.system)  # fmt: skip
+
+    def conversation(self):
+        """All messages, a system prompt among them."""
+        return [{"role": "system", "content": self.system}, *self.messages] if self.system else self.messages
 
     def answer(self, h):
         """The sampled ids of y_h."""
@@ -352,7 +360,7 @@ class Made:
 
 
 def open_dialogue(tokenizer, prompt, stream=(0,)):
-    return Dialogue.start(tokenizer, prompt.text, prompt.secret, stream, prompt.limit)
+    return Dialogue.start(tokenizer, prompt.text, prompt.secret, stream, prompt.limit, prompt.system)
 
 
 def offline_prompts(cfg, tokenizer, t):
@@ -371,7 +379,7 @@ def replay(tokenizer, log):
     def canonical(text):
         return encode(tokenizer, "", text) + [end_token(tokenizer)]
 
-    first = Dialogue.start(tokenizer, log.questions[0], log.secret)
+    first = Dialogue.start(tokenizer, log.questions[0], log.secret, system=log.system)
     for answer, question in zip(log.answers, log.questions[1:], strict=True):
         first.add_answer(tokenizer, canonical(answer)).add_user(tokenizer, question)
     second = first.copy()

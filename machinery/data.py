@@ -34,6 +34,7 @@ class Prompt(NamedTuple):
     text: str
     secret: Any = None
     limit: int | None = None
+    system: str | None = None
 
 
 class Logged(NamedTuple):
@@ -44,6 +45,7 @@ class Logged(NamedTuple):
     chosen: str
     rejected: str | None  # None where the data's second conversation has another history
     secret: Any = None
+    system: str | None = None
 
 
 class Logs(Sequence):
@@ -134,12 +136,10 @@ def read_data(name, tokenizer_path, fixed, max_turns, longest):
                 dropped[why] += 1
                 continue
             prompt = Prompt(key[0], list(key[1:]), caps[1]) if fixed else Prompt(key)
+            prompt = prompt._replace(system=log.system)
             prompts.setdefault(prompt.text, []).append(prompt)
     train, test, held_out, whose = split(usable, known, untested, prompts, dropped, fixed)
     sizes = f"{name}: {size} rows, {len(train)} training and {len(test)} test prompts{whose}; dropped: {dict(dropped)}"
-    if rank() == 0 and dropped[SYSTEM]:
-        print(f"{name}: {dropped[SYSTEM]} rows begin with a system turn, which a dialogue cannot carry yet: dropped",
-              flush=True)  # fmt: skip
     if not (train and test):
         raise BadInput(f"--dataset {sizes}")
     if rank() == 0:
@@ -193,7 +193,7 @@ def read_logs(name, held_out, max_turns, size):
             continue
         questions, answers = shared(texts, log.questions), shared(texts, log.answers)
         chosen, rejected = shared(texts, (log.chosen, log.rejected))
-        found.append(Logged(questions, answers, chosen, rejected, list(questions[1:])))
+        found.append(Logged(questions, answers, chosen, rejected, list(questions[1:]), log.system))
     if len(found) != size:
         raise BadInput(f"--dataset {name} was changed while it was read: start again")
     return found
@@ -212,7 +212,6 @@ def is_usable(log, max_turns):
 # A row
 # ---------------------------------------------------------------------------------------------------------------
 
-SYSTEM = "a system turn"
 ROLES = {"Human": "user", "human": "user", "Assistant": "assistant", "gpt": "assistant"}
 
 
@@ -229,18 +228,17 @@ def logged(row):
                 return "roles do not alternate"
     except (ValueError, TypeError, KeyError):
         return "malformed"
-    system = bool(history) and history[0][0] == "system"
-    if system:
-        history = history[1:]
+    system = None
+    if history and history[0][0] == "system":
+        system, history = history[0][1], history[1:]
     roles = ["user", *["assistant", "user"] * (len(history) // 2)]  # of an odd number of turns
     if [role for role, _ in history] != roles:
         return "roles do not alternate"
-    if system:
-        return SYSTEM
     try:
         texts = [checked(text) for _, text in history]
         rejected = rejected and checked(rejected)
-        return Logged(tuple(texts[::2]), tuple(texts[1::2]), checked(chosen), rejected, texts[2::2])
+        system = system and checked(system)
+        return Logged(tuple(texts[::2]), tuple(texts[1::2]), checked(chosen), rejected, texts[2::2], system)
     except BadInput:
         return "an empty turn"
 

@@ -63,10 +63,10 @@ class RewardModel:
         return len(ids) <= self.max_length
 
     def fits_dialogue(self, dialogue):
-        return self.fits(conversation_ids(self.tokenizer, dialogue.messages))
+        return self.fits(conversation_ids(self.tokenizer, dialogue.conversation()))
 
     def __call__(self, dialogues):
-        rows = [conversation_ids(self.tokenizer, d.messages) for d in dialogues]
+        rows = [conversation_ids(self.tokenizer, d.conversation()) for d in dialogues]
         scores, order = [None] * len(rows), sorted((i for i, ids in enumerate(rows) if self.fits(ids)),
                                                    key=lambda i: len(rows[i]))  # fmt: skip
         while order:  # the longest first: a batch that does not fit the device fails at once
@@ -176,7 +176,7 @@ def shared(reward):
     known = {}
 
     def scores(dialogues):
-        keys = [tuple(m["content"] for m in d.messages) for d in dialogues]
+        keys = [tuple(m["content"] for m in d.conversation()) for d in dialogues]
         new = {key: d for key, d in zip(keys, dialogues) if key not in known}
         mine = slice(rank(), None, world())
         score_N = torch.zeros(len(new), dtype=torch.float64)

@@ -252,10 +252,29 @@ def checked(text):
     return text
 
 
-def opening_ids(tokenizer, text):
-    """Ids of a conversation's first turn, with the header that makes the assistant speak."""
+def opening_ids(tokenizer, text, system=None):
+    """Ids of a conversation's first turn, behind a system prompt if there is one, with the header that makes the
+    assistant speak."""
+    if system is not None:
+        first, before, after = system_pieces(tokenizer)
+        return encode(tokenizer, first, system, before, text, after)
     before, after, _, _ = template_pieces(tokenizer)
     return encode(tokenizer, before, text, after)
+
+
+@functools.lru_cache(maxsize=8)
+def system_pieces(tokenizer):
+    """What the template writes around a system prompt and the first user's text: (before, between, after)."""
+    from jinja2 import TemplateError
+
+    system, user = "\ue000system\ue000", "\ue000user\ue000"
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    try:
+        first, rest = render(tokenizer, messages, add_generation_prompt=True).split(system)
+        before, after = rest.split(user)
+    except (TemplateError, LookupError, ValueError, TypeError, ArithmeticError):
+        raise BadInput(f"the chat template of {tokenizer.name_or_path} takes no system prompt") from None
+    return first, before, after
 
 
 def later_ids(tokenizer, text):
@@ -264,15 +283,20 @@ def later_ids(tokenizer, text):
     return encode(tokenizer, before, text, after)
 
 
-def encode(tokenizer, before, text="", after=""):
-    """Ids of a piece of a rendered conversation; special tokens inside the user's text stay text.
+def encode(tokenizer, *pieces):
+    """Ids of a piece of a rendered conversation: by turns what the template wrote and somebody's text, in which special
+    tokens stay text.
 
-    Without them the piece is encoded as a whole, which is what the template's own tokenisation gives. The template
+    Without them the pieces are encoded as a whole, which is what the template's own tokenisation gives. The template
     writes the BOS where it wants one, so the tokenizer must not add another (the released code sampled under two)."""
     ids_of = functools.partial(tokenizer.encode, add_special_tokens=False)
-    if not any(str(token) in text for token in tokenizer.added_tokens_decoder.values()):
-        return ids_of(before + text + after)
-    return ids_of(before) + encode_plain(tokenizer, text) + ids_of(after)
+    texts = "\0".join(pieces[1::2])
+    if not any(str(token) in texts for token in tokenizer.added_tokens_decoder.values()):
+        return ids_of("".join(pieces))
+    ids = []
+    for i, piece in enumerate(pieces):
+        ids += encode_plain(tokenizer, piece) if i % 2 else ids_of(piece)
+    return ids
 
 
 def encode_plain(tokenizer, text):

@@ -89,13 +89,10 @@ IMAGE = [{"type": "text", "text": "what is this?"}, {"type": "image", "text": "a
     ({"prompt": "", "chosen": "good", "rejected": "bad"}, "an empty turn"),
     ({"prompt": 7, "chosen": "good", "rejected": "bad"}, "malformed"),
     ({"prompt": [said("user", "q"), said("assistant", "a")], "chosen": "good", "rejected": "bad"}, "roles do not alternate"),
-    ({"prompt": [said("system", "be kind"), said("user", "q")], "chosen": "good", "rejected": "bad"}, "a system turn"),
-    ({"chosen": [said("system", "be kind"), said("user", "q"), said("assistant", "good")],
-      "rejected": [said("system", "be kind"), said("user", "q"), said("assistant", "bad")]}, "a system turn"),
-    (ultra("q") | {"trajectory": [{"from": "system", "value": "be kind"}, {"from": "user", "value": "q"}]}, "a system turn"),
+    ({"prompt": [said("system", 7), said("user", "q")], "chosen": "good", "rejected": "bad"}, "an empty turn"),
     ({"prompt": [said("system", "be kind")], "chosen": "good", "rejected": "bad"}, "roles do not alternate"),
     ({"prompt": [said("user", "q"), said("system", "x")], "chosen": "a", "rejected": "b"}, "roles do not alternate"),
-], ids=range(11))  # fmt: skip
+], ids=range(9))  # fmt: skip
 def test_a_row_that_a_dialogue_cannot_carry_is_dropped_for_a_reason(row, why):
     assert data.logged(row) == why
 
@@ -106,12 +103,35 @@ def test_an_answer_that_is_missing_leaves_a_prompt_without_a_log(read, tmp_path)
     assert len(found.train) == 8 and len(found.logs) == 0
 
 
-def test_how_many_rows_have_a_system_turn_is_a_line_of_its_own(read, tmp_path, capsys):
-    system = {"prompt": [said("system", "be kind"), said("user", "q")], "chosen": "good", "rejected": "bad"}
-    found = read(write(tmp_path / "data.jsonl", ROWS + [system] * 3))
-    assert found.dropped["a system turn"] == 3 and "q" not in texts(found.train + found.test)
-    said_lines = [line for line in capsys.readouterr().out.splitlines() if "system turn" in line]
-    assert "3 rows begin with a system turn" in said_lines[0]
+@pytest.mark.parametrize("row", [
+    {"prompt": [said("system", "be kind"), said("user", "q")], "chosen": "good", "rejected": "bad"},
+    {"chosen": [said("system", "be kind"), said("user", "q"), said("assistant", "good")],
+     "rejected": [said("system", "be kind"), said("user", "q"), said("assistant", "bad")]},
+    ultra("q", chosen="good") | {"trajectory": [{"from": "system", "value": "be kind"}, {"from": "user", "value": "q"}]},
+], ids=["prompt", "conversations", "trajectory"])  # fmt: skip
+def test_a_system_turn_that_comes_first_is_the_dialogues(row, read, tmp_path, tokenizers):
+    found = data.logged(row)
+    assert (found.system, found.questions, found.chosen) == ("be kind", ("q",), "good")
+    prompts = read(write(tmp_path / "data.jsonl", ROWS + [row]))
+    (prompt,) = [p for p in prompts.train + prompts.test if p.text == "q"]
+    tokenizer = tokenizers["chatml"]
+    d = simulator.open_dialogue(tokenizer, prompt)
+    expected = tokenizer.apply_chat_template([said("system", "be kind"), said("user", "q")], add_generation_prompt=True,
+                                             return_dict=False)  # fmt: skip
+    assert d.ids == expected and d.messages == [said("user", "q")] and d.conversation()[0] == said("system", "be kind")
+    d.add_answer(tokenizer, tokenizer.encode("a<|im_end|>", add_special_tokens=False)).add_user(tokenizer, "b")
+    for again in (d.reset(1), d.until(1), d.copy(), simulator.Dialogue.from_json(vars(d))):
+        assert again.system == "be kind"
+    assert d.reset(1).ids == expected
+
+
+def test_a_template_that_takes_no_system_turn_says_so(tokenizers):
+    tokenizer = tokenizers["chatml"]
+    deaf = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>", chat_template=(
+        "{% for m in messages if m['role'] != 'system' %}" + tokenizer.chat_template.split("%}", 1)[1]))  # fmt: skip
+    simulator.Dialogue.start(deaf, "q")
+    with pytest.raises(BadInput, match="takes no system prompt"):
+        simulator.Dialogue.start(deaf, "q", system="be kind")
 
 
 def test_setting_two_asks_the_questions_of_a_prompt_column(read, tmp_path):
@@ -260,8 +280,8 @@ def test_without_test_rows_the_validation_rows_are_the_test(word, read, tmp_path
 
 
 def test_the_first_prompt_of_a_test_row_that_is_dropped_is_not_trained_on(read, tmp_path):
-    system = {"prompt": [said("system", "be kind"), said("user", "question 5")], "chosen": "good", "rejected": "bad"}
-    broken = [ultra("question 3", chosen=""), ultra("question 4", "an end"), system, {"prompt": 7}, ultra("")]
+    last = {"prompt": [said("user", "question 5"), said("system", "x")], "chosen": "good", "rejected": "bad"}
+    broken = [ultra("question 3", chosen=""), ultra("question 4", "an end"), last, {"prompt": 7}, ultra("")]
     lay(tmp_path / "data", "{}.jsonl", {"train": asked(*range(10)), "test": [*broken, *asked(30)]})
     found = read(tmp_path / "data")
     assert texts(found.test) == {"question 30"} and len(found.logs) == 7
