@@ -25,7 +25,7 @@ from machinery.ranks import barrier, one_line, rank, start_processes
 from machinery.seams import ask, score
 from machinery.settings import engine_name, read_config, seed_for
 from machinery.template import (check_history, check_vocabulary, checked, encode, end_token, later_ids, load_tokenizer,
-                                opening_ids, said)  # fmt: skip
+                                opening_ids, said, stop_tokens)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------
 # The dialogue: state s_h, response y_h, user turn x_{h+1} (section 2)
@@ -233,6 +233,7 @@ def prepare(cfg, trains=True):
         families.check_policy(path)
     tokenizer = load_tokenizer(cfg.policy)
     check_vocabulary(tokenizer, load_config(cfg.policy).vocab_size)
+    stop_tokens(cfg.policy, tokenizer)
     if trains:
         check_room(train_prompts(cfg, tokenizer, 1), cfg, tokenizer)
     check_room(test_prompts(cfg, tokenizer), cfg, tokenizer)

@@ -91,7 +91,7 @@ def check_weights(path):
 
     index = os.path.join(path, INDEX)
     if os.path.exists(index):
-        absent = set(read_json(index)["weight_map"].values()) - set(os.listdir(path))
+        absent = set(indexed_files(path)) - set(os.listdir(path))
         if absent:
             raise BadInput(f"{path} lacks {', '.join(sorted(absent))}")
     try:
@@ -156,7 +156,7 @@ def weight_files(path):
     """A checkpoint's weight files: those that its index names, or model.safetensors, or the only one that there is."""
     index = os.path.join(path, INDEX)
     if os.path.exists(index):
-        return [os.path.join(path, name) for name in sorted(set(read_json(index)["weight_map"].values()))]
+        return [os.path.join(path, name) for name in indexed_files(path)]
     found = all_safetensors(path)
     if not found:
         raise BadInput(f"{path} has no safetensors; other weight files can carry code and are not read")
@@ -164,8 +164,23 @@ def weight_files(path):
     return [main] if main in found else found
 
 
+def indexed_files(path):
+    """The names of the files in which the weights are, as the index says; they lie in the folder itself."""
+    places = read_json(os.path.join(path, INDEX)).get("weight_map")
+    names = list(places.values()) if isinstance(places, dict) else []
+    for name in names or [None]:
+        if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors"):
+            raise BadInput(f"{path}: {INDEX} does not say which safetensors file holds which weight")
+    return sorted(set(names))
+
+
 def all_safetensors(path):
-    return sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors")))
+    """The weight files of a folder; one that is no regular file is refused: reading a pipe would wait for ever."""
+    found = sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors")))
+    for file in found:
+        if not os.path.isfile(file):
+            raise BadInput(f"{file} is a dangling link or no regular file: mend or remove it")
+    return found
 
 
 def check_duplicates(path):

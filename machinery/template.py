@@ -325,4 +325,6 @@ def stop_tokens(path, tokenizer):
     if os.path.exists(file):
         more = read_json(file).get("eos_token_id")
         stop += more if isinstance(more, list) else [more]
+        if not all(i is None or (isinstance(i, int) and 0 <= i < len(tokenizer)) for i in stop):
+            raise BadInput(f"{file}: eos_token_id {more!r} is no id of the tokenizer, nor a list of them")
     return list(dict.fromkeys(i for i in stop if i is not None))

@@ -400,3 +400,31 @@ def test_what_the_flags_tell_by_themselves_is_checked_before_any_checkpoint_is_l
                         ("--setting one --reward toy", "--reward toy")):  # fmt: skip
         with pytest.raises(BadInput, match=word):
             simulator.prepare(refuel.read_config(flags.split()))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 3}}',
+                                     '{"weight_map": {"a": "../policy/model.safetensors"}}', '{"weight_map": {"a": "b.bin"}}'])
+def test_an_index_that_says_nothing_is_one_line(content, base, tmp_path):
+    start = tmp_path / "start"
+    shutil.copytree(base, start)
+    (start / files.INDEX).write_text(content)
+    with pytest.raises(BadInput, match=files.INDEX):
+        files.find_checkpoint(str(start))
+
+
+def test_a_pipe_in_the_place_of_a_weight_file_is_one_line(base, tmp_path):
+    start = tmp_path / "start"
+    shutil.copytree(base, start)
+    os.remove(start / "model.safetensors")
+    os.mkfifo(start / "model.safetensors")
+    with pytest.raises(BadInput, match="no regular file"):
+        files.find_checkpoint(str(start))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": "<|end|>"}', '{"eos_token_id": [2, "x"]}', '{"eos_token_id": 99999}'])
+def test_generation_settings_that_make_no_sense_are_one_line(content, base, cfg, tmp_path):
+    start = tmp_path / "start"
+    shutil.copytree(base, start)
+    (start / "generation_config.json").write_text(content)
+    with pytest.raises(BadInput, match="generation_config.json"):
+        simulator.prepare(replace(cfg, policy=str(start)))
