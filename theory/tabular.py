@@ -465,8 +465,8 @@ def gradient_gaps(mdp, eta, T, natural=True, first=None):
 def npg_bound(mdp, eta):
     """H (ln Y / eta + max r), which bounds sum_t J(pi*) - J(pi_t) for every T, every eta and r >= 0.
 
-    Derived as in Agarwal et al. (2021). Mirror descent: gap_t = sum_h E_{d*} (KL_t - KL_{t+1} + ln Z_t) / eta, where Z_t
-    normalises exp(eta A), and V^{t+1}(s) - V^t(s) >= ln Z_t(s) / eta >= 0 in every state. Both sums telescope, and
+    Derived as in Agarwal et al. (2021). Mirror descent: gap_t = sum_h E_{d*} (KL_t - KL_{t+1} + ln Z_t) / eta, where
+    Z_t normalises exp(eta A), and V^{t+1}(s) - V^t(s) >= ln Z_t(s) / eta >= 0 in every state. Both sums telescope, and
     since gap_t only falls, gap_T is at most 1/T of it. Once pi_t is near pi*, the first part is attained."""
     return mdp.shape[0] * (np.log(mdp.shape[-1]) / eta + mdp.reward.max())
 
