@@ -212,6 +212,7 @@ def test_worlds_have_laws_in_their_rows_and_random_customers():
     for mdp in worlds:
         np.testing.assert_allclose(mdp.move.sum(-1), 1, atol=1e-14)
         assert abs(mdp.start.sum() - 1) < 1e-14
+    np.testing.assert_allclose(tb.uniform_policy((2, 3, 4)), 1 / 4)
     np.testing.assert_array_equal(tb.shop(3)[0].move[:, 0, 2], [[0, 0.5, 0.5]] * 2)
 
 

@@ -33,9 +33,10 @@ class Result(NamedTuple):
 
 def sides(pairs):
     """All entries of a list of (left, right), as two vectors."""
-    both = [np.broadcast_arrays(*pair) for pair in pairs]
-    left = np.concatenate([np.ravel(l) for l, _ in both]).astype(float)
-    right = np.concatenate([np.ravel(r) for _, r in both]).astype(float)
+    columns = [np.zeros((2, 0))]
+    for pair in pairs:
+        columns.append(np.reshape(np.broadcast_arrays(*pair), (2, -1)).astype(float))
+    left, right = np.concatenate(columns, axis=1)
     assert len(left) and np.isfinite([left, right]).all(), "a check without a number has neither held nor failed"
     return left, right
 
