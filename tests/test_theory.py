@@ -1,4 +1,5 @@
-"""The theory checks hold and can fail, their building blocks are right, and the code that trains obeys them."""
+"""The theory checks hold and can fail, their building blocks are right, mutants of them are noticed, and the code that
+trains obeys them."""
 import contextlib
 import io
 import subprocess
@@ -70,6 +71,14 @@ def test_mutants_are_noticed_by_their_row(statement, monkeypatch):
         monkeypatch.setitem(sys.modules, module, sys.modules[module])   # put back at the end
     for mutant in mutants.MUTANTS[statement]:
         assert mutants.notices(statement, *mutants.load(*mutant)), mutant
+
+
+def test_the_document_has_every_row_with_its_function_and_negatives():
+    document = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8").replace("\\|", "|")
+    for where, statement, function, negatives in check_props.CHECKS:
+        name = getattr(function, "func", function).__name__
+        assert f"| {where} | {statement} | `{name}` | {'; '.join(negatives)} |" in document
+    assert f"{len(check_props.CHECKS)} numerical checks" in document
 
 
 def test_each_mutant_changes_one_place():
