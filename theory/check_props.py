@@ -650,7 +650,7 @@ def run_check(where, statement, function, negatives, seed):
           f"{result.worst:>9.0e}  {'holds' if result.holds else 'FAILS'}{time.time() - began:6.1f} s")
     for name, r in zip(negatives, turned):
         verdict = "DOES NOT FAIL" if r.holds else "fails, as it must"
-        print(f"    without: {name:<39}{r.left:>11.4g} {r.sign:>2} {r.right:<15.4g}{r.worst:>9.0e}  {verdict}")
+        print(f"    negative: {name:<38}{r.left:>11.4g} {r.sign:>2} {r.right:<15.4g}{r.worst:>9.0e}  {verdict}")
     if result.note:
         print(f"    {result.note}")
     sys.stdout.flush()

@@ -171,10 +171,10 @@ def eq6_loss(law, q, log_ratio, eta):
 
 
 def minimise(f, x):
-    """The minimiser of f near x, (n,), by damped Newton steps.
+    """The minimiser of f near x, (n,), by damped Newton steps; f maps (m, n) to (m,) and must be analytic.
 
-    A reference that shares nothing with any closed form: it only evaluates f, which maps (m, n) to (m,) and must be
-    analytic. Gradients by complex steps, exact to rounding: f(x + i e) = f(x) + i e f'(x) has no cancellation."""
+    A reference that shares nothing with any closed form. Gradients by complex steps have no cancellation:
+    f(x + i e) = f(x) + i e f'(x)."""
     unit = np.eye(len(x))
 
     def gradient(z):
@@ -203,7 +203,7 @@ def best_policy(loss, shape):
 def log_linear_gain(mdp, phi, pi):
     """The minimiser of Eq. 6 among log-linear policies: ln(pi'/pi) = eta w.phi + const, returned as w.phi (H, S, A).
 
-    phi is (H, S, A, d). The normaliser drops out of every pair, so only features and Q centred in each state count."""
+    phi is (H, S, A, d); only what is left after centring in each state counts."""
     mass = np.sqrt(occupancy(mdp, pi)[..., None] * pi)
     x = mass[..., None] * np.moveaxis(advantage(pi[..., None, :], np.moveaxis(phi, -1, -2)), -1, -2)
     y = mass * advantage(pi, q_values(mdp, pi))
@@ -273,8 +273,8 @@ def relative_error(mdp, pi, gain):
 def sampling_limit(mdp, pi, rollouts=1, shared=True):
     """What n times the error of `sampled_gain` on n pairs tends to: sum over turns of trace(G^+ M).
 
-    The normal equations' G = E x x^T and M = E x x^T e^2 (the sandwich), with x the features of a pair and e what is
-    left of r - r' after the best fit: the noise of the futures and, without a shared prefix, V(s) - V(s')."""
+    G = E x x^T and M = E x x^T e^2 (the sandwich), x the features of a pair, e what is left of r - r' after the best
+    fit: the noise of the futures and, without a shared prefix, V(s) - V(s')."""
     H, S, A = mdp.shape
     law, d, r = endings(mdp, pi).reshape(H, S * A, S * A), occupancy(mdp, pi), mdp.reward.ravel()
     total = 0.0
@@ -380,9 +380,9 @@ def theorem1(mdp, pis, eta, C, comparator, roll_in=None, Y=None):
 def narrow_gate(H, Y, e=1e-3):
     """The MDP on which Theorem 1's second term is attained, the uniform policy and the comparator.
 
-    States good, bad and happy. s_1 is happy with probability H e / Y, else good. In turn 1 response 0 stays in good and
-    every other leads to bad; later response 0 leads from good to happy with probability e. The reward is 1 in happy,
-    e for response 0 in good. Responses 1 to Y-1 are alike, so they are lumped into one of probability 1 - 1/Y."""
+    States good, bad, happy; s_1 is happy with probability H e / Y, else good. In turn 1 response 0 stays in good,
+    others lead to bad; later response 0 leads from good to happy with probability e. The reward is 1 in happy, e for response
+    0 in good. Responses 1 to Y-1 are alike, so they are lumped into one of probability 1 - 1/Y."""
     kappa, eye = H * e / Y, np.eye(3)
     move = np.broadcast_to(eye[:, None], (H - 1, 3, 2, 3)).copy()
     move[1:, 0, 0] = (1 - e) * eye[0] + e * eye[2]
@@ -435,8 +435,7 @@ def best_log_C(mdp, phi, theta, eta):
 def apc_error(mdp, phi, theta, eta):
     """Left side of the APC condition at pi_theta: least squares of Q on the features, an intercept free in every state.
 
-    (1/eta)(ln pi' - ln pi - eta Q + ln C) = (theta' - theta).phi / eta - Q + c(s): the normalisers of pi' and pi go
-    into c(s), which is any real number because C(s) is any positive one. Hence eta only scales theta' - theta."""
+    The normalisers of pi' and pi go into the intercept, any real number because C(s) is any positive one."""
     x, states, q = weighted_design(mdp, phi, softmax(phi @ theta))
     return residual_error(np.hstack([x / eta, states]), q)
 
@@ -465,9 +464,8 @@ def gradient_gaps(mdp, eta, T, natural=True, first=None):
 def npg_bound(mdp, eta):
     """H (ln Y / eta + max r), which bounds sum_t J(pi*) - J(pi_t) for every T, every eta and r >= 0.
 
-    Derived as in Agarwal et al. (2021). Mirror descent: gap_t = sum_h E_{d*} (KL_t - KL_{t+1} + ln Z_t) / eta, where
-    Z_t normalises exp(eta A), and V^{t+1}(s) - V^t(s) >= ln Z_t(s) / eta >= 0 in every state. Both sums telescope, and
-    since gap_t only falls, gap_T is at most 1/T of it. Once pi_t is near pi*, the first part is attained."""
+    gap_t = sum_h E_{d*} (KL_t - KL_{t+1} + ln Z_t) / eta, and V^{t+1}(s) - V^t(s) >= ln Z_t(s) / eta >= 0
+    (Agarwal et al., 2021, for a finite horizon): both sums telescope. Once pi_t is near pi*, the first is attained."""
     return mdp.shape[0] * (np.log(mdp.shape[-1]) / eta + mdp.reward.max())
 
 
@@ -484,11 +482,10 @@ def lock(H, A=3):
 def shop(H):
     """Section 2.1 as a shop with a random customer; returns the MDP and the clerk (H, S, A) who wrote the logs.
 
-    State 0: the customer has not been asked. Responses 0 and 1 talk on, response 2 asks, and the customer answers
-    at random "red" (state 1) or "blue" (state 2), and again in every later turn. The last response sells: in state
-    0 the usual article (0) is worth 3/4; in state 1 only the red one (0), in state 2 only the blue one (1), is worth
-    1; everything else 0. The clerk never asks, so states 1 and 2 are not in the logs. Asking is best, but for the
-    uniform policy, which then sells blindly (1/3), it is worse than 3/4 before anything is learned."""
+    State 0: the customer has not been asked. Responses 0 and 1 talk on, 2 asks; the customer answers at random "red"
+    (state 1) or "blue" (state 2), anew in every turn. The last response sells: the usual article (0) is worth 3/4 in
+    state 0, the red one (0) 1 in state 1, the blue one (1) 1 in state 2. The clerk never asks. Asking is best, but
+    before anything is learned it leads to blind selling, worth 1/3."""
     move = np.zeros((H - 1, 3, 3, 3))
     move[:, 0, :2, 0] = 1
     move[:, 0, 2, 1:] = 1 / 2
@@ -505,9 +502,7 @@ METHODS = {   # name -> (whose prefixes, the last turn only)
 def shift_gap(method, H, clerk_random=0.0, T=1000, eta=1.0):
     """J(pi*) - J after T exact regressions of Eq. 1 in `shop(H)`, with the prefixes and turns of a method.
 
-    With tabular policies the minimiser of the expected loss is Eq. 3 in every state that has weight, however small;
-    where it has none the loss is flat, and the minimiser nearest to pi_t leaves pi_t as it is. So here a distribution
-    matters through its support alone; how little weight hurts with finite data is what C_s of Theorem 1 measures."""
+    Tabular: a state with any weight is fitted exactly, one with none stays as it is, so only the support matters."""
     (prefixes, last_only), (mdp, clerk) = METHODS[method], shop(H)
     clerk = (1 - clerk_random) * clerk + clerk_random * uniform_policy(mdp.shape)
     pi = uniform_policy(mdp.shape)
