@@ -185,7 +185,7 @@ def check_proof(rng, broken=""):
         log_Z = np.log((pi * np.exp(eta * A)).sum(-1)) * (broken != "Eq. 10: no ln Z")
         kl = (star * np.log(star / pis)).sum(-1)
         pairs += [(new, tb.reweigh(pi, A, eta)), (gap, (d * star * tb.advantage(pi, q)).sum()), (gap, split)]
-        pairs += [(slack, 0), (-kl[1:], -kl[:-1] + eta * (star * A).sum(-1) - log_Z)]
+        pairs += [((pi * A).sum(-1), 0), (slack, 0), (-kl[1:], -kl[:-1] + eta * (star * A).sum(-1) - log_Z)]
     return equal(pairs)
 
 

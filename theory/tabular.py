@@ -381,8 +381,8 @@ def narrow_gate(H, Y, e=1e-3):
     """The MDP on which Theorem 1's second term is attained, the uniform policy and the comparator.
 
     States good, bad, happy; s_1 is happy with probability H e / Y, else good. In turn 1 response 0 stays in good,
-    others lead to bad; later response 0 leads from good to happy with probability e. The reward is 1 in happy, e for response
-    0 in good. Responses 1 to Y-1 are alike, so they are lumped into one of probability 1 - 1/Y."""
+    others lead to bad; later response 0 leads from good to happy with probability e. The reward is 1 in happy, e for
+    response 0 in good. Responses 1 to Y-1 are alike, so they are lumped into one of probability 1 - 1/Y."""
     kappa, eye = H * e / Y, np.eye(3)
     move = np.broadcast_to(eye[:, None], (H - 1, 3, 2, 3)).copy()
     move[1:, 0, 0] = (1 - e) * eye[0] + e * eye[2]
