@@ -131,6 +131,7 @@ def test_shapes_are_those_the_design_promises():
     phi = rng.normal(size=(*mdp.shape, 4))
     assert tb.occupancy(mdp, pi).shape == (3, 2)
     assert tb.q_values(mdp, pi).shape == tb.refuel_step(mdp, pi, 0.5).shape == (3, 2, 3)
+    assert tb.pair_difference(np.array([3.0, 1.0]))[0, 1] == 2
     assert isinstance(tb.apc_error(mdp, phi, np.zeros(4), 0.5), float)
     assert isinstance(tb.q_approx_error(mdp, phi, np.zeros(4)), float)
 
@@ -204,6 +205,9 @@ def test_theorem_1_measures_what_it_says():
         J.append(tb.performance(mdp, pi))
     expected = [max(eps), max(cover_s), max(cover_y), True, tb.performance(mdp, star) - sum(J) / 3]
     np.testing.assert_allclose(m[:5], expected, atol=1e-12)
+    best = tb.optimal_policy(mdp)   # given by a policy that shuns it, it is not covered
+    shuns = (1 - best) / (1 - best).sum(-1, keepdims=True)
+    assert not tb.theorem1(mdp, np.stack([shuns, shuns]), eta, 2.0, best).covered
 
 
 def test_vanilla_gradient_is_the_gradient():
@@ -225,6 +229,18 @@ def test_worlds_have_laws_in_their_rows_and_random_customers():
     np.testing.assert_array_equal(tb.shop(3)[0].move[:, 0, 2], [[0, 0.5, 0.5]] * 2)
 
 
+def test_regression_on_two_prefixes_minimises_the_centred_least_squares():
+    rng, mdp, pi = world(H=2, S=2, A=2)
+    pairs = tb.sample_pairs(rng, mdp, pi, 100, shared=False)
+    h, s, s2, y, y2, r, r2 = pairs
+
+    def loss(x):
+        g = tb.advantage(pi, x.reshape(-1, *mdp.shape))
+        return ((g[:, h, s, y] - g[:, h, s2, y2] - (r - r2))**2).mean(-1)
+    found = tb.advantage(pi, tb.minimise(loss, np.zeros(pi.size)).reshape(pi.shape))
+    np.testing.assert_allclose(tb.advantage(pi, tb.sampled_gain(pi, *pairs)), found, atol=1e-8)
+
+
 def test_prefixes_of_two_conversations_are_independent_and_answered_by_the_policy():
     rng, mdp, pi = world(H=2, S=2, A=2)
     n, law = 200_000, np.zeros((2, 2, 2, 2, 2))
@@ -232,6 +248,13 @@ def test_prefixes_of_two_conversations_are_independent_and_answered_by_the_polic
     np.add.at(law, (h, s, y, s2, y2), 1 / n)
     one = tb.occupancy(mdp, pi)[..., None] * pi
     assert np.abs(law - np.einsum("hsa,htb->hsatb", one, one) / 2).max() < 5 * 0.5 / np.sqrt(n)
+
+
+def test_a_bounded_reward_is_centred_and_within_the_bound():
+    rng, _, _ = world()
+    p = tb.random_policy(rng, (20, 4))
+    a = tb.bounded(rng.normal(size=(20, 4)), p, 0.3)
+    assert np.abs(a).max() <= 0.3 + 1e-15 and np.abs((p * a).sum(-1)).max() < 1e-15
 
 
 def test_lumped_responses_of_the_gate_change_nothing():
@@ -251,7 +274,7 @@ def test_the_optimiser_finds_a_known_minimum():
 
 
 def test_optimal_policy_beats_every_deterministic_policy():
-    _, mdp, _ = world(H=2, S=2, A=2)
+    mdp = tb.MDP(np.array([1.0, 0.0]), np.array([[[[0.0, 1.0], [1.0, 0.0]]] * 2]), np.array([[0.0, 0.8], [0.6, 0.3]]))
     values = [tb.performance(mdp, np.eye(2)[np.reshape(choice, (2, 2))]) for choice in product(range(2), repeat=4)]
     assert abs(tb.performance(mdp, tb.optimal_policy(mdp)) - max(values)) < 1e-14
 

@@ -192,12 +192,13 @@ def check_proof(rng, broken=""):
 def check_lemma3(rng, broken="", sharp=False):
     """Lemma 3: "Suppose we have |A^t| <= C ... choose eta = sqrt(ln Y / (C^2 T))": sum_t E A^t <= 2 C sqrt(T ln Y).
 
-    Sharp: by Hoeffding's lemma 3/2 C sqrt(T ln Y) at the paper's eta and sqrt(2) C sqrt(T ln Y) at sqrt(2) times it;
+    Sharp: Hoeffding's lemma gives ln Y / eta + eta C^2 T / 2, which is 3/2 C sqrt(T ln Y) at the paper's eta and least,
+    sqrt(2) C sqrt(T ln Y), at sqrt(2) times it;
     `worst_sums` comes within 5 % of both, which is checked too, and tends to both as T and Y grow."""
     pairs, centre, limit = [], broken != "A^t not centred", 2 if broken == "|A^t| up to 2 C" else 1
     notes = []
-    for scale, constant in ((1, 1.5), (2**.5, 2**.5)):
-        ratios = []
+    for scale in (1, 2**.5):
+        ratios, constant = [], 1 / scale + scale / 2
         for T, A in [(1, 2), (1, 1000), (2, 50), (3, 5), (6, 1000), (8, 2), (20, 4), (4000, 129)]:
             C = np.exp(rng.uniform(-1, 1))
             sums = tb.worst_sums(T, A, scale * np.sqrt(np.log(A) / (C**2 * T)), limit * C, centre)
