@@ -3,8 +3,8 @@
     python tests/mutants.py [PART]     # PART of a mutant's text picks some
 
 A mutant is noticed if the row of check_props.py under which it is listed fails, if one of that row's negatives does
-not, or if a test of the building blocks in tests/test_theory.py fails. docs/theory.md holds the last result. Exit code 1 if one survives that is
-not in EQUIVALENT, or if one of those is noticed after all.
+not, or if a test of the building blocks in tests/test_theory.py fails. docs/theory.md holds the last result. Exit code
+1 if one survives that is not in EQUIVALENT, or if one of those is noticed after all.
 """
 import contextlib
 import io

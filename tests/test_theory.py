@@ -70,7 +70,7 @@ def test_mutants_are_noticed_by_their_row(statement, monkeypatch):
     for module in (mutants.T, mutants.C):
         monkeypatch.setitem(sys.modules, module, sys.modules[module])   # put back at the end
     for mutant in mutants.MUTANTS[statement]:
-        assert mutants.notices(statement, *mutants.load(*mutant)), mutant
+        assert mutant[2] in mutants.EQUIVALENT or mutants.notices(statement, *mutants.load(*mutant)), mutant
 
 
 def test_the_document_has_every_row_with_its_function_and_negatives():
