@@ -725,7 +725,7 @@ def main(argv=None):
             draw_figures(args.figures, args.seed)
         except (OSError, ImportError) as error:
             parser.error(f"--figures {args.figures}: {error}")
-    print(f"{'in the paper':<14}{'statement':<38}{'left':>11}    {'right':<11}{'n':>4}{'worst':>9}")
+    print(f"{'in the paper':<14}{'statement':<38}{'left':>11}    {'right':<11}{'n':>4}{'worst':>9}  holds")
     good = [run_check(*check, args.seed) for check in CHECKS]
     print(f"{sum(good)} of {len(good)} numerical checks hold (+: beyond the paper), and fail without their premises")
     return 0 if all(good) else 1
