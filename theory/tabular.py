@@ -19,12 +19,19 @@ import numpy as np
 class MDP(NamedTuple):
     start: np.ndarray   # (S,) law of s_1, the paper's rho
     move: np.ndarray    # (H-1, S, A, S) law of s_{h+1} given s_h, y_h: the user
-    reward: np.ndarray  # (S, A) r(s_{H+1})
+    reward: np.ndarray  # (S, A) r(s_{H+1}), or (H, S, A) where every turn has one (appendix A)
 
     @property
     def shape(self):
         """(H, S, A)"""
-        return (len(self.move) + 1, *self.reward.shape)
+        return (len(self.move) + 1, *self.reward.shape[-2:])
+
+    @property
+    def rewards(self):
+        """(H, S, A), zero in all turns but the last where the reward is section 2's."""
+        if self.reward.ndim == 3:
+            return self.reward
+        return np.concatenate([np.zeros((len(self.move), *self.reward.shape)), self.reward[None]])
 
 
 def random_mdp(rng, H, S, A):
@@ -75,11 +82,10 @@ def q_by_listing(mdp, pi):
 
 def q_values(mdp, pi):
     """Q_h^pi(s, y), (..., H, S, A), by backward recursion."""
-    H = mdp.shape[0]
-    q = [np.broadcast_to(mdp.reward, pi[..., 0, :, :].shape)]
-    for h in reversed(range(H - 1)):
+    q = [np.broadcast_to(mdp.rewards[-1], pi[..., 0, :, :].shape)]
+    for h in reversed(range(mdp.shape[0] - 1)):
         v = (pi[..., h + 1, :, :] * q[0]).sum(-1)              # (..., S)
-        q.insert(0, np.tensordot(v, mdp.move[h], (-1, -1)))   # (..., S, A)
+        q.insert(0, mdp.rewards[h] + np.tensordot(v, mdp.move[h], (-1, -1)))   # (..., S, A)
     return np.stack(q, -3)
 
 
@@ -123,15 +129,17 @@ def refuel_step(mdp, pi, eta):
     return reweigh(pi, q_values(mdp, pi), eta)
 
 
-def pair_law(mdp, pi, future=None, common_numbers=False):
+def pair_law(mdp, pi, future=None, common_numbers=False, other_prefix=False):
     """Line 3 of Algorithm 1 as a law: probability of h, s, y, y' and both endings, (H, S, A, A, O, O).
 
     h is uniform, s ~ d_h^pi, y and y' ~ pi independently, and both futures follow pi (or `future`) independently;
-    with common_numbers the same random number drives both futures: each keeps its law, jointly they depend."""
-    weight = np.einsum("hs,hsa,hsb->hsab", occupancy(mdp, pi) / mdp.shape[0], pi, pi)
+    with common_numbers the same random number drives both futures: each keeps its law, jointly they depend;
+    with other_prefix y' and its future belong to another prefix of the turn than s."""
     law = endings(mdp, pi if future is None else future)
+    law2, pi2 = (np.roll(law, 1, axis=1), np.roll(pi, 1, axis=1)) if other_prefix else (law, pi)
+    weight = np.einsum("hs,hsa,hsb->hsab", occupancy(mdp, pi) / mdp.shape[0], pi, pi2)
     y, y2 = np.s_[:, :, :, None, :, None], np.s_[:, :, None, :, None, :]
-    joint = law[y] * law[y2]
+    joint = law[y] * law2[y2]
     if common_numbers:
         upper, lower = law.cumsum(-1), law.cumsum(-1) - law
         joint = np.maximum(0, np.minimum(upper[y], upper[y2]) - np.maximum(lower[y], lower[y2]))
@@ -163,10 +171,10 @@ def eq6_loss(law, q, log_ratio, eta):
 
 
 def minimise(f, x):
-    """The minimiser of f near x, (n,), by damped Newton steps.
+    """The minimiser of f near x, (n,), by damped Newton steps; f maps (m, n) to (m,) and must be analytic.
 
-    A reference that shares nothing with any closed form: it only evaluates f, which maps (m, n) to (m,) and must be
-    analytic. Gradients by complex steps, exact to rounding: f(x + i e) = f(x) + i e f'(x) has no cancellation."""
+    A reference that shares nothing with any closed form. Gradients by complex steps have no cancellation:
+    f(x + i e) = f(x) + i e f'(x)."""
     unit = np.eye(len(x))
 
     def gradient(z):
@@ -195,21 +203,29 @@ def best_policy(loss, shape):
 def log_linear_gain(mdp, phi, pi):
     """The minimiser of Eq. 6 among log-linear policies: ln(pi'/pi) = eta w.phi + const, returned as w.phi (H, S, A).
 
-    phi is (H, S, A, d). The normaliser drops out of every pair, so only features and Q centred in each state count."""
+    phi is (H, S, A, d); only what is left after centring in each state counts."""
     mass = np.sqrt(occupancy(mdp, pi)[..., None] * pi)
     x = mass[..., None] * np.moveaxis(advantage(pi[..., None, :], np.moveaxis(phi, -1, -2)), -1, -2)
     y = mass * advantage(pi, q_values(mdp, pi))
     return phi @ np.linalg.lstsq(x.reshape(-1, phi.shape[-1]), y.ravel(), rcond=None)[0]
 
 
-def sample_pairs(rng, mdp, pi, n):
-    """Line 3 of Algorithm 1, n times: h, s, y, y' and the two rewards, each (n,)."""
+def sample_pairs(rng, mdp, pi, n, rollouts=1, shared=True):
+    """Line 3 of Algorithm 1, n times: h, s, s', y, y' and the two rewards, each (n,).
+
+    A reward is the mean of `rollouts` futures. s' is s, or unless `shared` the prefix of another conversation."""
     H = mdp.shape[0]
 
     def draw(p):
         return (p.cumsum(-1) < rng.uniform(size=(n, 1))).sum(-1).clip(max=p.shape[-1] - 1)
 
-    def rollout(h, s, y):
+    def prefix():
+        s = draw(np.broadcast_to(mdp.start, (n, len(mdp.start))))
+        for g in range(H - 1):
+            s = np.where(g < h, draw(mdp.move[g, s, draw(pi[g, s])]), s)
+        return s
+
+    def rollout(s, y):
         for g in range(H - 1):
             on = g >= h                                        # this conversation has reached its reset
             s2 = draw(mdp.move[g, s, y])
@@ -217,23 +233,63 @@ def sample_pairs(rng, mdp, pi, n):
         return mdp.reward[s, y]
 
     h = rng.integers(H, size=n)
-    s = draw(np.broadcast_to(mdp.start, (n, len(mdp.start))))
-    for g in range(H - 1):
-        s = np.where(g < h, draw(mdp.move[g, s, draw(pi[g, s])]), s)
-    y, y2 = draw(pi[h, s]), draw(pi[h, s])
-    return h, s, y, y2, rollout(h, s, y), rollout(h, s, y2)
+    s = prefix()
+    s2 = s if shared else prefix()
+    y, y2 = draw(pi[h, s]), draw(pi[h, s2])
+    r, r2 = np.mean([(rollout(s, y), rollout(s2, y2)) for _ in range(rollouts)], axis=0)
+    return h, s, s2, y, y2, r, r2
 
 
-def sampled_gain(shape, h, s, y, y2, r, r2):
-    """The minimiser of Eq. 1 over all policies on sampled pairs, as ln(pi'/pi) / eta, (H, S, A).
+def centring(pi):
+    """The matrices that take f (S*A) to `advantage` of f, one a turn, (H, S*A, S*A)."""
+    H, S, A = pi.shape
+    return np.eye(S * A) - np.kron(np.eye(S), np.ones((A, A))) * pi.reshape(H, 1, S * A)
 
-    The smallest solution of the normal equations of a state, so what no pair has seen stays where it is."""
-    H, S, A = shape
-    side = np.eye(A)[y] - np.eye(A)[y2]                        # (n, A)
-    gram, target = np.zeros((H, S, A, A)), np.zeros(shape)
-    np.add.at(gram, (h, s), side[:, :, None] * side[:, None, :])
-    np.add.at(target, (h, s), side * (r - r2)[:, None])
-    return (np.linalg.pinv(gram, rcond=1e-10) @ target[..., None])[..., 0]
+
+def sampled_gain(pi, h, s, s2, y, y2, r, r2):
+    """The least-squares fit of g(s, y) - g(s', y') to r - r', g centred in every state, (H, S, A).
+
+    With s' = s this is the minimiser of Eq. 1 over all policies, as ln(pi'/pi) / eta: there centring changes nothing.
+    The smallest solution of the normal equations of a turn, so what no pair has seen stays where it is."""
+    H, S, A = pi.shape
+    gram, target = np.zeros((H, S * A, S * A)), np.zeros((H, S * A))
+    a, b = s * A + y, s2 * A + y2
+    for row, column, sign in ((a, a, 1), (b, b, 1), (a, b, -1), (b, a, -1)):
+        np.add.at(gram, (h, row, column), sign)
+    np.add.at(target, (h, a), r - r2)
+    np.add.at(target, (h, b), r2 - r)
+    centre = centring(pi)
+    gram = centre.transpose(0, 2, 1) @ gram @ centre
+    target = centre.transpose(0, 2, 1) @ target[..., None]
+    return (np.linalg.pinv(gram, rcond=1e-10, hermitian=True) @ target).reshape(pi.shape)
+
+
+def relative_error(mdp, pi, gain):
+    """Left side of Assumption 1 for ln(pi'/pi) = eta gain + const; leading axes of gain stay, (...)."""
+    pairs = (occupancy(mdp, pi) / mdp.shape[0])[..., None, None] * pi[..., :, None] * pi[..., None, :]
+    return (pairs * pair_difference(gain - q_values(mdp, pi))**2).sum((-4, -3, -2, -1))
+
+
+def sampling_limit(mdp, pi, rollouts=1, shared=True):
+    """What n times the error of `sampled_gain` on n pairs tends to: sum over turns of trace(G^+ M).
+
+    G = E x x^T and M = E x x^T e^2 (the sandwich), x the features of a pair, e what is left of r - r' after the best
+    fit: the noise of the futures and, without a shared prefix, V(s) - V(s')."""
+    H, S, A = mdp.shape
+    law, d, r = endings(mdp, pi).reshape(H, S * A, S * A), occupancy(mdp, pi), mdp.reward.ravel()
+    total = 0.0
+    for h in range(H):
+        p, q = (d[h][:, None] * pi[h]).ravel(), law[h] @ r
+        pair = p[:, None] * p
+        if shared:
+            pair = pair * np.kron(np.diag(1 / d[h]), np.ones((A, A)))
+        noise = law[h] @ r**2 - q**2
+        centre = centring(pi)[h]
+        e2 = (noise[:, None] + noise) / rollouts + pair_difference(q - centre @ q)**2
+        x = (centre[:, None] - centre).reshape(-1, S * A)      # (pairs, S*A)
+        G, M = [(x * w.reshape(-1, 1)).T @ x for w in (pair, pair * e2)]
+        total += np.trace(np.linalg.pinv(G, rcond=1e-10) @ M)
+    return total
 
 
 # ---- Appendix A: mirror descent, and what Theorem 1 speaks of -------------------------------------------------------
@@ -254,20 +310,6 @@ def bounded(a, p, C, centre=True):
     return a * np.minimum(1, C / np.abs(a).max(-1, keepdims=True))
 
 
-def searched_sums(rng, T, A, eta, C, centre=True):
-    """`mirror_descent` on 16 random sequences, then on what 60 rounds of hill climbing make of them, (32,)."""
-    def climb(raw):
-        return mirror_descent(lambda t, p: bounded(raw[t], p, C, centre), T, A, eta)
-
-    raw = C * rng.uniform(-1, 1, size=(T, 16, A))
-    first = best = climb(raw)
-    for _ in range(60):
-        trial = np.where(rng.uniform(size=raw.shape) < 0.2, C * rng.uniform(-1, 1, size=raw.shape), raw)
-        value = climb(trial)
-        raw, best = np.where((value > best)[:, None], trial, raw), np.maximum(value, best)
-    return np.concatenate([first, best])
-
-
 def worst_sums(T, A, eta, C, centre=True):
     """`mirror_descent` on sequences built to be worst, for 11 lengths of the wait, (11,): wait, then sprint.
 
@@ -286,14 +328,14 @@ def worst_sums(T, A, eta, C, centre=True):
     return mirror_descent(adversary, T, A, eta)
 
 
-def learn(mdp, gain, T, first):
+def learn(mdp, gain, T, first, Y=None):
     """T REFUEL updates of `first` with eta = sqrt(ln Y / (C^2 T)), as in Lemma 3: policies (T+1, H, S, A), eta, C.
 
-    gain(pi) is the regressor's ln(pi'/pi) / eta. C must bound |A^t|, which is known only after the run: start at 1,
-    the range of the reward, and run again with a larger C while the bound was broken."""
+    gain(pi) is the regressor's ln(pi'/pi) / eta. C must bound |A^t|, which is known only after the run: start at 1
+    and run again with a larger C while the bound was broken. Y is A unless responses that are alike were lumped."""
     C = 1.0
     for _ in range(10):
-        eta = np.sqrt(np.log(mdp.shape[-1]) / (C**2 * T))
+        eta = np.sqrt(np.log(Y or mdp.shape[-1]) / (C**2 * T))
         pis, gains = [first], []
         for _ in range(T):
             gains.append(gain(pis[-1]))
@@ -310,33 +352,50 @@ class Theorem1(NamedTuple):
     eps: float   # Assumption 1, the largest over t
     C_s: float   # Assumption 2, states
     C_y: float   # Assumption 2, responses
+    covered: bool        # whether both are finite; if not, they are taken over what is covered
     gap: float   # mean over t of J(pi^*) - J(pi_t), which is at least the gap of the best t
     regret_term: float   # 2 C H sqrt(ln Y / T)
     eps_term: float      # H sqrt(C_s C_y eps / 2)
 
 
-def theorem1(mdp, pis, eta, C, comparator, prefixes=None):
-    """Every quantity of Theorem 1, measured; `prefixes` (H, S) replaces d^{pi_t} in Assumption 1 for a negative."""
+def theorem1(mdp, pis, eta, C, comparator, roll_in=None, Y=None):
+    """Every quantity of Theorem 1, measured; roll_in (..., H, S) replaces d^{pi_t} in both assumptions."""
     H, S, A = mdp.shape
     T, pi = len(pis) - 1, pis[:-1]
-    d, q = occupancy(mdp, pi), q_values(mdp, pi)
+    q, star = q_values(mdp, pi), occupancy(mdp, comparator)
+    d = np.broadcast_to(occupancy(mdp, pi) if roll_in is None else roll_in, q.shape[:-1])
     log = np.log(np.maximum(pis, 1e-300))
     error = pair_difference((log[1:] - log[:-1]) / eta - q)**2              # (T, H, S, A, A)
     pairs = pi[..., :, None] * pi[..., None, :]
-    roll_in = d if prefixes is None else prefixes
-    eps = ((pairs * error).sum((-2, -1)) * roll_in).sum((-2, -1)).max() / H
+    eps = ((pairs * error).sum((-2, -1)) * d).sum((-2, -1)).max() / H
     # A state or response the comparator never meets needs no cover.
-    star = occupancy(mdp, comparator)
-    C_s = np.divide(star, d, out=np.zeros_like(d), where=star > 0).max()
-    C_y = np.divide(comparator, pi, out=np.zeros_like(pi), where=comparator > 0).max()
+    C_s = np.divide(star, d, out=np.zeros_like(d), where=(star > 0) & (d > 0)).max()
+    C_y = np.divide(comparator, pi, out=np.zeros_like(pi), where=(comparator > 0) & (pi > 0)).max()
+    covered = not ((star > 0) & (d == 0)).any() and not ((comparator > 0) & (pi == 0)).any()
     gap = performance(mdp, comparator) - performance(mdp, pi).mean()
-    return Theorem1(eps, C_s, C_y, gap, 2 * C * H * np.sqrt(np.log(A) / T), H * np.sqrt(C_s * C_y * eps / 2))
+    regret_term, eps_term = 2 * C * H * np.sqrt(np.log(Y or A) / T), H * np.sqrt(C_s * C_y * eps / 2)
+    return Theorem1(eps, C_s, C_y, covered, gap, regret_term, eps_term)
+
+
+def narrow_gate(H, Y, e=1e-3):
+    """The MDP on which Theorem 1's second term is attained, the uniform policy and the comparator.
+
+    States good, bad, happy; s_1 is happy with probability H e / Y, else good. In turn 1 response 0 stays in good,
+    others lead to bad; later response 0 leads from good to happy with probability e. The reward is 1 in happy, e for
+    response 0 in good. Responses 1 to Y-1 are alike, so they are lumped into one of probability 1 - 1/Y."""
+    kappa, eye = H * e / Y, np.eye(3)
+    move = np.broadcast_to(eye[:, None], (H - 1, 3, 2, 3)).copy()
+    move[1:, 0, 0] = (1 - e) * eye[0] + e * eye[2]
+    move[0, 0, 1] = eye[1]
+    mdp = MDP((1 - kappa) * eye[0] + kappa * eye[2], move, np.array([[e, 0.0], [0.0, 0.0], [1.0, 1.0]]))
+    comparator = np.full(mdp.shape, [1.0, 0.0])
+    return mdp, np.full(mdp.shape, [1 / Y, 1 - 1 / Y]), comparator
 
 
 # ---- Section 3.2 and appendix B: the two approximation errors -------------------------------------------------------
 
 def apc_by_search(mdp, phi, theta, eta, partition=False):
-    """The APC condition as written, minimised over pi' in Pi and C > 0 (or with C = Z, the partition function)."""
+    """The APC condition as written, minimised over pi' in Pi and C > 0 (or with C = Z): the least value and ln C."""
     pi, d = softmax(phi @ theta), len(theta)
     q, mass = q_by_listing(mdp, pi), occupancy(mdp, pi)[..., None] * pi / mdp.shape[0]
     log_Z = np.log((pi * np.exp(eta * q)).sum(-1))
@@ -345,8 +404,8 @@ def apc_by_search(mdp, phi, theta, eta, partition=False):
         log_C = log_Z if partition else x[:, d:].reshape(-1, *log_Z.shape)
         log_new = log_softmax(np.moveaxis(phi @ x[:, :d].T, -1, 0))
         return (mass * ((log_new - np.log(pi) - eta * q + log_C[..., None]) / eta)**2).sum((-3, -2, -1))
-    start = theta if partition else np.concatenate([theta, log_Z.ravel()])
-    return float(loss(minimise(loss, start)[None])[0])
+    x = minimise(loss, theta if partition else np.concatenate([theta, log_Z.ravel()]))
+    return float(loss(x[None])[0]), log_Z if partition else x[d:].reshape(log_Z.shape)
 
 
 def weighted_design(mdp, phi, pi):
@@ -364,11 +423,19 @@ def residual_error(x, y):
     return float(((y - x @ np.linalg.lstsq(x, y, rcond=None)[0])**2).sum())
 
 
+def best_log_C(mdp, phi, theta, eta):
+    """ln C(s) of the smallest APC error, (H, S), from its pi' = pi exp(w.phi) / N: ln N + E_pi (eta Q - w.phi)."""
+    pi = softmax(phi @ theta)
+    x, states, q = weighted_design(mdp, phi, pi)
+    w = np.linalg.lstsq(np.hstack([x / eta, states]), q, rcond=None)[0][:len(theta)]
+    log_N = np.log((pi * np.exp(phi @ w)).sum(-1))
+    return log_N + (pi * (eta * q_values(mdp, pi) - phi @ w)).sum(-1)
+
+
 def apc_error(mdp, phi, theta, eta):
     """Left side of the APC condition at pi_theta: least squares of Q on the features, an intercept free in every state.
 
-    (1/eta)(ln pi' - ln pi - eta Q + ln C) = (theta' - theta).phi / eta - Q + c(s): the normalisers of pi' and pi go
-    into c(s), which is any real number because C(s) is any positive one. Hence eta only scales theta' - theta."""
+    The normalisers of pi' and pi go into the intercept, any real number because C(s) is any positive one."""
     x, states, q = weighted_design(mdp, phi, softmax(phi @ theta))
     return residual_error(np.hstack([x / eta, states]), q)
 
@@ -381,25 +448,25 @@ def q_approx_error(mdp, phi, theta):
 
 # ---- Sections 3.1 and 2.1: methods, and MDPs to compare them on -----------------------------------------------------
 
-def gradient_gaps(mdp, eta, T, natural=True):
-    """J(pi*) - J after 1..T steps from the uniform policy, (T,), by NPG (= exact REFUEL) or vanilla policy gradient."""
-    logits, pis = np.zeros(mdp.shape), []
+def gradient_gaps(mdp, eta, T, natural=True, first=None):
+    """J(pi*) - J(pi_t) for t = 1..T, (T,), by NPG (= exact REFUEL) or by vanilla policy gradient."""
+    logits = np.zeros(mdp.shape) if first is None else np.log(first)
+    pis = []
     for _ in range(T):
         pi = softmax(logits)
+        pis.append(pi)
         step = advantage(pi, q_values(mdp, pi))
         logits = logits + eta * (step if natural else occupancy(mdp, pi)[..., None] * pi * step)
         logits = logits - logits.max(-1, keepdims=True)
-        pis.append(softmax(logits))
     return performance(mdp, optimal_policy(mdp)) - performance(mdp, np.stack(pis))
 
 
-def npg_bound(mdp, eta, T):
-    """H (ln Y / eta + max r) / T for 1..T, derived as in Agarwal et al. (2021), for a finite horizon and r >= 0.
+def npg_bound(mdp, eta):
+    """H (ln Y / eta + max r), which bounds sum_t J(pi*) - J(pi_t) for every T, every eta and r >= 0.
 
-    Mirror descent: gap_t = sum_h E_{d*} (KL_t - KL_{t+1} + ln Z_t) / eta, where Z_t normalises exp(eta A), and
-    V^{t+1}(s) - V^t(s) >= ln Z_t(s) / eta >= 0 in every state. Both sums over t telescope, and gap_t only falls."""
-    H, _, A = mdp.shape
-    return H * (np.log(A) / eta + mdp.reward.max()) / np.arange(1, T + 1)
+    gap_t = sum_h E_{d*} (KL_t - KL_{t+1} + ln Z_t) / eta, and V^{t+1}(s) - V^t(s) >= ln Z_t(s) / eta >= 0
+    (Agarwal et al., 2021, for a finite horizon): both sums telescope. Once pi_t is near pi*, the first is attained."""
+    return mdp.shape[0] * (np.log(mdp.shape[-1]) / eta + mdp.reward.max())
 
 
 def lock(H, A=3):
@@ -415,11 +482,10 @@ def lock(H, A=3):
 def shop(H):
     """Section 2.1 as a shop with a random customer; returns the MDP and the clerk (H, S, A) who wrote the logs.
 
-    State 0: the customer has not been asked. Responses 0 and 1 talk on, response 2 asks, and the customer answers
-    at random "red" (state 1) or "blue" (state 2), and again in every later turn. The last response sells: in state
-    0 the usual article (0) is worth 3/4; in state 1 only the red one (0), in state 2 only the blue one (1), is worth
-    1; everything else 0. The clerk never asks, so states 1 and 2 are not in the logs. Asking is best, but for the
-    uniform policy, which then sells blindly (1/3), it is worse than 3/4 before anything is learned."""
+    State 0: the customer has not been asked. Responses 0 and 1 talk on, 2 asks; the customer answers at random "red"
+    (state 1) or "blue" (state 2), anew in every turn. The last response sells: the usual article (0) is worth 3/4 in
+    state 0, the red one (0) 1 in state 1, the blue one (1) 1 in state 2. The clerk never asks. Asking is best, but
+    before anything is learned it leads to blind selling, worth 1/3."""
     move = np.zeros((H - 1, 3, 3, 3))
     move[:, 0, :2, 0] = 1
     move[:, 0, 2, 1:] = 1 / 2
@@ -436,9 +502,7 @@ METHODS = {   # name -> (whose prefixes, the last turn only)
 def shift_gap(method, H, clerk_random=0.0, T=1000, eta=1.0):
     """J(pi*) - J after T exact regressions of Eq. 1 in `shop(H)`, with the prefixes and turns of a method.
 
-    With tabular policies the minimiser of the expected loss is Eq. 3 in every state that has weight, however small;
-    where it has none the loss is flat, and the minimiser nearest to pi_t leaves pi_t as it is. So here a distribution
-    matters through its support alone; how little weight hurts with finite data is what C_s of Theorem 1 measures."""
+    Tabular: a state with any weight is fitted exactly, one with none stays as it is, so only the support matters."""
     (prefixes, last_only), (mdp, clerk) = METHODS[method], shop(H)
     clerk = (1 - clerk_random) * clerk + clerk_random * uniform_policy(mdp.shape)
     pi = uniform_policy(mdp.shape)
@@ -447,3 +511,89 @@ def shift_gap(method, H, clerk_random=0.0, T=1000, eta=1.0):
         seen[:-1] &= not last_only
         pi = np.where(seen[..., None], refuel_step(mdp, pi, eta), pi)
     return performance(mdp, optimal_policy(mdp)) - performance(mdp, pi)
+
+
+# ---- Beyond the paper: the law of (H, h), DPO and a random user -----------------------------------------------------
+
+def ending_at(mdp, H):
+    """The conversations of H turns, with the reward of turn H."""
+    return MDP(mdp.start, mdp.move[:H - 1], mdp.rewards[H - 1])
+
+
+def length_draw(K, uniform=False):
+    """P(H, h), (K, K): the paper's H ~ U(K), h ~ U(H), or uniform over all h <= H."""
+    allowed = np.tri(K)
+    return allowed / (allowed.sum() if uniform else K * allowed.sum(1, keepdims=True))
+
+
+def length_step(mdp, pi, draw, eta):
+    """The minimiser of Eq. 1 with H and h from draw (K, K): pi exp(eta sum_H P(H | h) Q_{h,H}) / Z."""
+    q = np.zeros(mdp.shape)
+    for H in range(1, len(draw) + 1):
+        q[:H] += (draw / draw.sum(0))[H - 1, :H, None, None] * q_values(ending_at(mdp, H), pi[:H])
+    return reweigh(pi, q, eta)
+
+
+def answer_or_ask():
+    """K = 2. Answering now (0) earns 0.6 if the talk ends after one turn, asking (1) earns 1 if it goes on."""
+    reward = np.array([[[0.6, 0.0], [0.0, 0.0]], [[0.0, 0.0], [1.0, 1.0]]])
+    return MDP(np.array([1.0, 0.0]), np.eye(2)[None, None].repeat(2, axis=1), reward)
+
+
+def soft_optimum(mdp, ref, eta):
+    """The maximiser of J(pi) - KL(pi || ref) / eta over whole conversations: ref exp(eta Q) / Z with soft values."""
+    pi, q = ref.copy(), mdp.reward
+    for h in reversed(range(mdp.shape[0])):
+        pi[h] = reweigh(ref[h], q, eta)
+        v = np.log((ref[h] * np.exp(eta * q)).sum(-1)) / eta
+        q = mdp.move[h - 1] @ v if h else None
+    return pi
+
+
+def conversation_dpo(mdp, ref, eta):
+    """The minimiser of DPO's loss on pairs of whole conversations of ref that share s_1, with Bradley-Terry labels."""
+    H, S, A = mdp.shape
+    index = np.indices((S, A) * H).reshape(2 * H, -1)
+    s, y, turn = index[::2].T, index[1::2].T, np.arange(H)     # (N, H): every conversation
+    prob = ref[turn, s, y].prod(1) * mdp.move[turn[:-1], s[:, :-1], y[:, :-1], s[:, 1:]].prod(1)
+    weight = mdp.start[s[:, 0]] * prob * prob[:, None] * (s[:, :1] == s[:, 0])
+    label = 1 / (1 + np.exp(-pair_difference(mdp.reward[s[:, -1], y[:, -1]])))
+
+    def loss(logp):
+        ratio = (logp - np.log(ref))[..., turn, s, y].sum(-1)  # (m, N)
+        return (weight * label * np.log(1 + np.exp(-pair_difference(ratio) / eta))).sum((-2, -1))
+    return best_policy(loss, mdp.shape)
+
+
+def wins(mdp, pi, noise=0.0):
+    """Probability that y's future earns more than y''s, (H, S, A, A), if `noise` of the labels are turned around."""
+    law, r = endings(mdp, pi), mdp.reward.ravel()
+    higher = np.einsum("hsao,op,hsbp->hsab", law, pair_difference(r) > 0, law)
+    return (1 - noise) * higher + noise * higher.swapaxes(-1, -2)
+
+
+def dpo_step(mdp, pi, eta, noise=0.0):
+    """DPO's exact update on REFUEL's pairs, two responses a state: their log-ratio moves by eta ln(p/q)."""
+    p = wins(mdp, pi, noise)
+    p, q = p[..., 0, 1], p[..., 1, 0]
+    move = np.log(np.where(p > 0, p, 1.0)) - np.log(np.where(q > 0, q, 1.0))   # without a label nothing moves
+    return reweigh(pi, np.stack([move, np.zeros_like(move)], -1), eta)
+
+
+def gamble():
+    """Turn 1: play safe (0), or a gamble (1) that the user takes well (state 1) or badly (state 2).
+
+    The right last response is worth 0.5 after safe play, 0.6 if well taken (probability 0.6), nothing if badly."""
+    move = np.zeros((1, 3, 2, 3))
+    move[0, :, 0, 0] = 1
+    move[0, :, 1] = [0, 0.6, 0.4]
+    return MDP(np.array([1.0, 0.0, 0.0]), move, np.array([[0.5, 0.0], [0.6, 0.0], [0.0, 0.0]]))
+
+
+def update_gaps(mdp, step, T, value=performance):
+    """The best value less that of pi_1..pi_T from the uniform policy, (T,); step maps pi_t to pi_{t+1}."""
+    pi, values = uniform_policy(mdp.shape), []
+    for _ in range(T):
+        values.append(value(mdp, pi))
+        pi = step(pi)
+    return value(mdp, optimal_policy(mdp)) - np.array(values)
