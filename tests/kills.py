@@ -53,9 +53,13 @@ def attempt(how, argv, seen):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def replace(source, target):
-        die("before", target)
+        again = "eval/iter_1." in target  # the last policy's evaluation is the same once more
+        sealed = target.endswith(".sha256") or os.path.exists(f"{target}.sha256")
+        if not (again or sealed):  # before a file that has a checksum is the moment after its checksum
+            die("before", target)
         rename(source, target)
-        die("after", target)
+        if not again:
+            die("after", target)
 
     def half_a_line(path, row):
         if f"within {path}" not in before:

@@ -106,8 +106,8 @@ def test_the_example_of_docs_world_runs(base, tmp_path):
 
 
 def test_every_metric_that_is_logged_is_defined_once():
-    names = [*meter.METRICS, "gradient_norm", "lr", "tokens_per_second", "pairs", "dropped", "reward", "truncated", "tokens",
-             "seconds"]  # fmt: skip
+    names = [*meter.METRICS, "gradient_norm", "lr", "tokens_per_second", "pairs", "dropped", "train", "test", "logged",
+             "reward", "truncated", "engine_gap", "kl_0", "tokens", "seconds"]  # fmt: skip
     first_cells = [line.split("|")[1] for line in PAGES["docs/metrics.md"].splitlines() if line.startswith("| `")]
     for name in names:
         assert sum(f"`{name}`" in cell for cell in first_cells) == 1, name
