@@ -383,6 +383,7 @@ def main(argv=None):
         results, played = evaluate(policies, cfg.out, policy, user, reward, cfg, judge)
         if rank() == 0:
             report(results, played, reward, cfg.out)
+    barrier()  # gloo aborts a process that leaves while another one still talks to it
 
 
 if __name__ == "__main__":

@@ -446,6 +446,7 @@ def one_rank(args):
     total = ranks.add_up(torch.tensor(seconds))[0].item()
     if ranks.rank() == 0:
         print(json.dumps(total))
+    ranks.barrier()  # gloo aborts a process that leaves while another one still talks to it
 
 
 def measure_growth(args):
