@@ -94,7 +94,7 @@ def share(k, n):
     z, p = 1.96, k / n
     middle, width = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     low, high = (100 * (middle + s * width) / (1 + z**2 / n) for s in (-1, 1))
-    return f"{k} of {n} [{low:.1f}, {high:.1f}]"
+    return f"{k} of {n} [{max(low, 0):.1f}, {high:.1f}]"
 
 
 def measure(r_N2F):
