@@ -188,7 +188,7 @@ def regress(model, optimizer, pairs, cfg, loss_fn=refuel_loss, first_step=0, aft
         optimizer.step()
         optimizer.zero_grad()
         tokens = sum(pair_length(pairs[i]) for i in batch)
-        metrics["tokens_per_second"] = round(tokens / (time.monotonic() - start))
+        metrics["tokens_per_second"] = round(tokens / max(1e-9, time.monotonic() - start))  # a clock may stand still
         if after_step:
             after_step(step, metrics)
     return metrics
