@@ -487,21 +487,15 @@ def check_length_law(rng, broken=""):
     return equal(pairs)
 
 
-def mean_value(mdp, pi):
-    """The mean of J_H over the lengths."""
-    return tb.performance(mdp, pi) / mdp.shape[0]
-
-
 def length_gaps(uniform, T=400):
     """Gap of the mean over lengths in `answer_or_ask`, exact updates with either draw, (T,)."""
     mdp = tb.answer_or_ask()
-    return tb.update_gaps(mdp, lambda pi: tb.length_step(mdp, pi, tb.length_draw(2, uniform), 1.0), T, mean_value)
+    return tb.update_gaps(mdp, lambda pi: tb.length_step(mdp, pi, tb.length_draw(2, uniform), 1.0), T) / 2
 
 
 def check_length_choice(rng, broken=""):
     """Where turns compete, the draw decides: uniform over h <= H learns to ask, the paper's draw to answer at once."""
-    gap = length_gaps(uniform=not broken)[-1]
-    return at_most([(gap, 1e-6)])
+    return at_most([(length_gaps(uniform=not broken)[-1], 1e-6)])
 
 
 def check_dpo_user(rng, broken=""):
@@ -564,8 +558,7 @@ def gamble_gaps(method, T=60):
 def check_gamble(rng, broken=""):
     """A user who may take a gamble badly: REFUEL's gap goes to 0. DPO on the same pairs counts how often the gamble
     wins (.6) and not what it earns (.36 against .5)."""
-    gap = gamble_gaps("DPO" if broken else "REFUEL")[-1]
-    return at_most([(gap, 1e-6)])
+    return at_most([(gamble_gaps("DPO" if broken else "REFUEL")[-1], 1e-6)])
 
 
 def sample_world():

@@ -294,16 +294,6 @@ def sampling_limit(mdp, pi, rollouts=1, shared=True):
 
 # ---- Appendix A: mirror descent, and what Theorem 1 speaks of -------------------------------------------------------
 
-def mirror_descent(adversary, T, A, eta):
-    """Largest sum_t A^t(y) over y after T steps pi_{t+1} ∝ pi_t exp(eta A^t) from the uniform policy, (n,).
-
-    adversary(t, p) returns A^t (n, A) knowing p = pi_t (n, A). One state: Lemma 3 holds state by state."""
-    total = np.zeros((1, A))
-    for t in range(T):
-        total = total + adversary(t, softmax(eta * (total - total.max(-1, keepdims=True))))
-    return total.max(-1)
-
-
 def bounded(a, p, C, centre=True):
     """a with its mean under p taken out (unless told not to) and shrunk until |a| <= C, (n, A)."""
     a = a - (p * a).sum(-1, keepdims=True) if centre else a
@@ -311,21 +301,21 @@ def bounded(a, p, C, centre=True):
 
 
 def worst_sums(T, A, eta, C, centre=True):
-    """`mirror_descent` on sequences built to be worst, for 11 lengths of the wait, (11,): wait, then sprint.
+    """max_y sum_t A^t(y) of mirror descent in one state, on A^t built to be worst, for 11 lengths of the wait, (11,).
 
     While waiting, y* = 0 gains just what keeps pi_t(y*) in place, and the other responses swing by +-C in two halves,
-    which costs the policy eta^2 C^2 / 2 a step. In the sprint y* takes C a step until pi_t(y*) is near 1."""
+    which costs the policy eta^2 C^2 / 2 a step. Then y* sprints: it takes C a step until pi_t(y*) is near 1."""
     wait = (T - np.log(A) / (eta * C) * np.linspace(0.5, 3, 11)).astype(int)[:, None]
-    half = np.arange(A) % 2 == 1
-
-    def adversary(t, p):
+    half, total = np.arange(A) % 2 == 1, np.zeros((1, A))
+    for t in range(T):
+        p = softmax(eta * (total - total.max(-1, keepdims=True)))
         light = np.where((p * half).sum(-1) <= (p * ~half).sum(-1) - p[:, 0], C, -C)[:, None]
         waiting = light * np.where(half, 1.0, -1.0)
         waiting[:, 0] = (p[:, 1:] * waiting[:, 1:]).sum(-1) / p[:, 1:].sum(-1) + eta * C**2 / 2
         sprint = np.where(np.arange(A) == 0, 1.0, -p[:, :1] / (1 - p[:, :1]))
         sprint = C * sprint / np.abs(sprint).max(-1, keepdims=True)
-        return bounded(np.where(t < wait, waiting, sprint), p, C, centre)
-    return mirror_descent(adversary, T, A, eta)
+        total = total + bounded(np.where(t < wait, waiting, sprint), p, C, centre)
+    return total.max(-1)
 
 
 def learn(mdp, gain, T, first, Y=None):
@@ -448,17 +438,20 @@ def q_approx_error(mdp, phi, theta):
 
 # ---- Sections 3.1 and 2.1: methods, and MDPs to compare them on -----------------------------------------------------
 
-def gradient_gaps(mdp, eta, T, natural=True, first=None):
-    """J(pi*) - J(pi_t) for t = 1..T, (T,), by NPG (= exact REFUEL) or by vanilla policy gradient."""
-    logits = np.zeros(mdp.shape) if first is None else np.log(first)
-    pis = []
-    for _ in range(T):
-        pi = softmax(logits)
-        pis.append(pi)
-        step = advantage(pi, q_values(mdp, pi))
-        logits = logits + eta * (step if natural else occupancy(mdp, pi)[..., None] * pi * step)
-        logits = logits - logits.max(-1, keepdims=True)
+def update_gaps(mdp, step, T, first=None):
+    """J(pi*) - J(pi_t) for t = 1..T, (T,), from the uniform policy or `first`; step maps pi_t to pi_{t+1}."""
+    pis = [uniform_policy(mdp.shape) if first is None else first]
+    for _ in range(T - 1):
+        pis.append(step(pis[-1]))
     return performance(mdp, optimal_policy(mdp)) - performance(mdp, np.stack(pis))
+
+
+def gradient_gaps(mdp, eta, T, natural=True, first=None):
+    """`update_gaps` of NPG (= exact REFUEL) or of vanilla policy gradient; either adds to the logits of a softmax."""
+    def step(pi):
+        gain = advantage(pi, q_values(mdp, pi))
+        return reweigh(pi, gain if natural else occupancy(mdp, pi)[..., None] * pi * gain, eta)
+    return update_gaps(mdp, step, T, first)
 
 
 def npg_bound(mdp, eta):
@@ -505,12 +498,12 @@ def shift_gap(method, H, clerk_random=0.0, T=1000, eta=1.0):
     Tabular: a state with any weight is fitted exactly, one with none stays as it is, so only the support matters."""
     (prefixes, last_only), (mdp, clerk) = METHODS[method], shop(H)
     clerk = (1 - clerk_random) * clerk + clerk_random * uniform_policy(mdp.shape)
-    pi = uniform_policy(mdp.shape)
-    for _ in range(T):
+
+    def step(pi):
         seen = occupancy(mdp, clerk if prefixes == "logs" else pi) > 0
         seen[:-1] &= not last_only
-        pi = np.where(seen[..., None], refuel_step(mdp, pi, eta), pi)
-    return performance(mdp, optimal_policy(mdp)) - performance(mdp, pi)
+        return np.where(seen[..., None], refuel_step(mdp, pi, eta), pi)
+    return update_gaps(mdp, step, T + 1)[-1]
 
 
 # ---- Beyond the paper: the law of (H, h), DPO and a random user -----------------------------------------------------
@@ -565,17 +558,14 @@ def conversation_dpo(mdp, ref, eta):
     return best_policy(loss, mdp.shape)
 
 
-def wins(mdp, pi, noise=0.0):
-    """Probability that y's future earns more than y''s, (H, S, A, A), if `noise` of the labels are turned around."""
+def dpo_step(mdp, pi, eta, noise=0.0):
+    """DPO's exact update on REFUEL's pairs, two responses a state: their log-ratio moves by eta ln(p/q).
+
+    p and q are the chances that either's future earns more, if `noise` of the labels are turned around."""
     law, r = endings(mdp, pi), mdp.reward.ravel()
     higher = np.einsum("hsao,op,hsbp->hsab", law, pair_difference(r) > 0, law)
-    return (1 - noise) * higher + noise * higher.swapaxes(-1, -2)
-
-
-def dpo_step(mdp, pi, eta, noise=0.0):
-    """DPO's exact update on REFUEL's pairs, two responses a state: their log-ratio moves by eta ln(p/q)."""
-    p = wins(mdp, pi, noise)
-    p, q = p[..., 0, 1], p[..., 1, 0]
+    wins = (1 - noise) * higher + noise * higher.swapaxes(-1, -2)
+    p, q = wins[..., 0, 1], wins[..., 1, 0]
     move = np.log(np.where(p > 0, p, 1.0)) - np.log(np.where(q > 0, q, 1.0))   # without a label nothing moves
     return reweigh(pi, np.stack([move, np.zeros_like(move)], -1), eta)
 
@@ -588,12 +578,3 @@ def gamble():
     move[0, :, 0, 0] = 1
     move[0, :, 1] = [0, 0.6, 0.4]
     return MDP(np.array([1.0, 0.0, 0.0]), move, np.array([[0.5, 0.0], [0.6, 0.0], [0.0, 0.0]]))
-
-
-def update_gaps(mdp, step, T, value=performance):
-    """The best value less that of pi_1..pi_T from the uniform policy, (T,); step maps pi_t to pi_{t+1}."""
-    pi, values = uniform_policy(mdp.shape), []
-    for _ in range(T):
-        values.append(value(mdp, pi))
-        pi = step(pi)
-    return value(mdp, optimal_policy(mdp)) - np.array(values)
