@@ -155,8 +155,8 @@ def test_recursions_equal_the_list_of_all_conversations():
 
 def test_pair_law_is_a_law_whose_futures_have_the_right_marginals_when_coupled():
     _, mdp, pi = world()
-    independent, coupled = tb.pair_law(mdp, pi), tb.pair_law(mdp, pi, common_numbers=True)
-    for law in (independent, coupled, tb.dependent_law(mdp, pi)):
+    independent, coupled = tb.pair_law(mdp, pi), tb.pair_law(mdp, pi, coupling="common random numbers")
+    for law in (independent, coupled, tb.pair_law(mdp, pi, coupling="y' saw y's future")):
         assert law.min() >= 0 and abs(law.sum() - 1) < 1e-13
     np.testing.assert_allclose(coupled.sum(-1), independent.sum(-1), atol=1e-14)
     np.testing.assert_allclose(coupled.sum(-2), independent.sum(-2), atol=1e-14)
@@ -187,7 +187,7 @@ def test_regression_on_samples_minimises_eq_1():
 
 def test_pairs_at_another_prefix_are_drawn_there():
     _, mdp, pi = world(H=2)
-    law = tb.pair_law(mdp, pi, other_prefix=True).sum((-2, -1))
+    law = tb.pair_law(mdp, pi, coupling="y' at another prefix").sum((-2, -1))
     one = np.einsum("hs,hsa->hsa", tb.occupancy(mdp, pi) / 2, pi)
     np.testing.assert_allclose(law.sum(-1), one, atol=1e-14)
     np.testing.assert_allclose(law, one[..., None] * pi[:, ::-1, None, :], atol=1e-14)   # of two states the other

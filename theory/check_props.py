@@ -111,10 +111,8 @@ def check_unbiased(rng, broken=""):
     unbiased estimate of the difference in Q values". Of a random user, also with common random numbers."""
     pairs = []
     for mdp, pi, _ in instances(rng, 10):
-        laws = [tb.pair_law(mdp, pi), tb.pair_law(mdp, pi, common_numbers=True)]
-        if broken:
-            laws = [tb.pair_law(mdp, pi, other_prefix=True) if "prefix" in broken else tb.dependent_law(mdp, pi)]
-        for law in laws:
+        for coupling in [broken] if broken else ["", "common random numbers"]:
+            law = tb.pair_law(mdp, pi, coupling=coupling)
             mean = (law * tb.pair_difference(mdp.reward.ravel())).sum((-2, -1)) / law.sum((-2, -1))   # (H, S, A, A)
             pairs.append((mean, tb.pair_difference(tb.q_values(mdp, pi))))
     return equal(pairs)
@@ -126,7 +124,7 @@ def check_eq7(rng, broken=""):
     Over log-linear policies that cannot express Q, where no fit is exact; the third route is `log_linear_gain`."""
     pairs = []
     for mdp, pi, eta in instances(rng, 6):
-        law = tb.dependent_law(mdp, pi) if broken else tb.pair_law(mdp, pi)
+        law = tb.pair_law(mdp, pi, coupling=broken)
         phi = rng.normal(size=(*pi.shape, 2))
         losses = [partial(tb.eq1_loss, mdp, law), partial(tb.eq6_loss, law, tb.q_values(mdp, pi))]
         w7, w6 = [tb.minimise(lambda w: loss(np.moveaxis(phi @ w.T, -1, 0), eta), np.zeros(2)) for loss in losses]
