@@ -561,8 +561,7 @@ def dpo_step(mdp, pi, eta, noise=0.0):
 
 
 def gamble():
-    """Turn 1: play safe (0, worth 0.5 in the end), or a gamble (1) that the user takes well (probability 0.6, worth 0.6)
-    or badly (worth nothing)."""
+    """Turn 1: play safe (0, worth 0.5), or a gamble (1) that the user takes well (chance 0.6, worth 0.6) or badly."""
     move = np.zeros((1, 3, 2, 3))
     move[0, :, 0, 0] = 1
     move[0, :, 1] = [0, 0.6, 0.4]
