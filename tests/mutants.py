@@ -219,8 +219,8 @@ MUTANTS = {   # the row or test that should notice: module, what stands there, w
         (C, "1 / scale + scale / 2", "1 / scale + scale"),
     ],
     "0 and 1": [
-        (C, "return f[0] - mean, f[1] - mean", "return f"),
-        (C, "p[0] * f[0]**2 + p[1] * f[1]**2", "f[0]**2 + f[1]**2"),
+        (C, "error(p, tb.advantage(p, phi), tb.advantage(p, r))", "error(p, phi, r)"),
+        (C, "ff = (p * f**2).sum()", "ff = (f**2).sum()"),
     ],
     "NPG is REFUEL's exact update": [
         (C, "fisher = (score * (tb.occupancy(mdp, pi)[..., None] * pi)",

@@ -313,25 +313,21 @@ def check_prop1_gap(rng, broken=""):
 def check_prop2(rng, broken=""):
     """Proposition 2: a bandit with r = (1, 1), phi = [1, -1] and [-1, 1]: "the APC condition is satisfied with
     eps_Pi = 0 but" the error of Q by w.phi is 1 under the uniform policy. In fractions; with r = (3/2, 1/2) too."""
-    scale = {"no features of y_1": Fraction(0), "APC, y_1 as y_0": Fraction(1)}.get(broken, Fraction(-1))
-    phi = (Fraction(1), scale)   # multiples of [1, -1]: only v = w.[1, -1] counts
+    one, half = Fraction(1), Fraction(1, 2)
+    scale = {"no features of y_1": 0, "APC, y_1 as y_0": 1}.get(broken, -1)
+    phi = np.array([one, scale * one])   # multiples of [1, -1]: only v = w.[1, -1] counts
 
     def error(p, f, r):
         """min_v E_p (r - v f)^2."""
-        ff = p[0] * f[0]**2 + p[1] * f[1]**2
-        fr = p[0] * f[0] * r[0] + p[1] * f[1] * r[1]
-        v = fr / ff if ff else 0
-        return p[0] * (r[0] - v * f[0])**2 + p[1] * (r[1] - v * f[1])**2
-
-    def centred(p, f):   # a free intercept is least squares on what is left after the mean
-        mean = p[0] * f[0] + p[1] * f[1]
-        return f[0] - mean, f[1] - mean
-    for r in ((Fraction(1), Fraction(1)), (Fraction(3, 2), Fraction(1, 2))):
+        ff = (p * f**2).sum()
+        v = (p * f * r).sum() / ff if ff else 0
+        return (p * (r - v * f)**2).sum()
+    for r in np.array([[one, one], [3 * half, half]]):
         if broken != "APC, y_1 as y_0":
-            yield error((Fraction(1, 2), Fraction(1, 2)), phi, r), 1
-        for i in range(1, 100):   # Pi holds every p in (0, 1)
-            p = Fraction(i, 100), 1 - Fraction(i, 100)
-            yield error(p, centred(p, phi), centred(p, r)), 0
+            yield error(np.array([half, half]), phi, r), 1
+        for i in range(1, 100):   # Pi holds every p in (0, 1); a free intercept takes the means
+            p = np.array([Fraction(i, 100), Fraction(100 - i, 100)])
+            yield error(p, tb.advantage(p, phi), tb.advantage(p, r)), 0
 
 
 # ---- Section 3.1: natural policy gradient ---------------------------------------------------------------------------

@@ -21,8 +21,7 @@ class MDP(NamedTuple):
 
     @property
     def shape(self):
-        """(H, S, A)"""
-        return (len(self.move) + 1, *self.reward.shape[-2:])
+        return (len(self.move) + 1, *self.reward.shape[-2:])   # (H, S, A)
 
     @property
     def rewards(self):
