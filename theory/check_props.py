@@ -169,7 +169,6 @@ def check_proof(rng, broken=""):
 
 def check_lemma3(rng, broken="", sharp=False):
     """Lemma 3: "Suppose we have |A^t| <= C ... choose eta = sqrt(ln Y / (C^2 T))": sum_t E A^t <= 2 C sqrt(T ln Y).
-
     Sharp: 3/2 C sqrt(T ln Y), and sqrt(2) at sqrt(2) eta; `worst_sums` comes within 5 % of both (Hoeffding's lemma)."""
     centre, limit = broken != "A^t not centred", 2 if broken == "|A^t| up to 2 C" else 1
     for scale in (1, 2**.5) if sharp else (1,):
@@ -192,10 +191,7 @@ def regressor(name, mdp, rng):
         return partial(tb.log_linear_gain, mdp, rng.normal(size=(*mdp.shape, 1)))
     # Stale: the same six pairs of pi_1 in every iteration, so that eps stays large.
     stale = tb.sample_pairs(rng, mdp, tb.uniform_policy(mdp.shape), 6) if name == "stale" else None
-
-    def fit(pi):
-        return tb.sampled_gain(pi, *(stale or tb.sample_pairs(rng, mdp, pi, 400)))
-    return fit
+    return lambda pi: tb.sampled_gain(pi, *(stale or tb.sample_pairs(rng, mdp, pi, 400)))
 
 
 def check_theorem1(rng, broken="", regressions=("exact",)):
@@ -218,8 +214,7 @@ def check_theorem1(rng, broken="", regressions=("exact",)):
 
 def check_first_term(rng, broken=""):
     """Theorem 1 with eps = 0: its first term, 2 C H sqrt(ln Y / T), is within a factor of 2.02 of the gap in `lock`.
-
-    Y = 1000 with the wrong responses lumped; the reward is 4, so that C is not 1."""
+    There pi* is learned from the last turn on. Y = 1000, the wrong ones lumped; the reward is 4, so that C is not 1."""
     H, T, Y = 4, 1600, 1000
     mdp = tb.lock(H, 2)
     mdp = mdp._replace(reward=4 * mdp.reward)
@@ -233,7 +228,6 @@ def check_first_term(rng, broken=""):
 
 def check_second_term(rng, broken="", logs=False):
     """Theorem 1's second term H sqrt(C_s C_y eps / 2), attained up to sqrt((H-1)/H): `narrow_gate`, where pi_t stays.
-
     With logs: section 3.2, "additional offline distribution": half of the prefixes are logs mu that cover, and
     (d^{pi_t} + mu) / 2 stands for d^{pi_t} in both assumptions."""
     for H in (2, 4, 8, 16):
@@ -257,7 +251,7 @@ def check_second_term(rng, broken="", logs=False):
 def features(rng, n):
     """n random (mdp, phi, theta, eta); phi of every second one includes an indicator of every state."""
     state = np.broadcast_to(np.eye(4).reshape(2, 2, 1, 4), (2, 2, 3, 4))
-    for i, (mdp, _, eta) in enumerate(instances(rng, n, H=2, S=2, A=3)):
+    for i, (mdp, _, eta) in enumerate(instances(rng, n)):
         phi = rng.normal(size=(*mdp.shape, 2))
         phi = np.concatenate([phi, state], -1) if i % 2 else phi
         yield mdp, phi, rng.normal(size=phi.shape[-1]), eta
@@ -280,7 +274,7 @@ def check_closure(rng, broken=""):
 
 
 def check_free_C(rng, broken=""):
-    """Section 3.2: "C does not have to be equal to the partition function Z", unless the features express every Q."""
+    """Section 3.2: "C does not have to be equal to the partition function Z"; it has for complete features."""
     rows = list(features(rng, 20))
     gaps = []
     for mdp, phi, theta, eta in complete(rng, rows) if broken else rows:
@@ -330,7 +324,7 @@ def check_prop2(rng, broken=""):
             yield error(p, tb.advantage(p, phi), tb.advantage(p, r)), 0
 
 
-# ---- Section 3.1: natural policy gradient ---------------------------------------------------------------------------
+# ---- Sections 3.1 and 2.1: natural policy gradient, covariate shift -------------------------------------------------
 
 def check_npg(rng, broken=""):
     """Section 3.1: the "policy update procedure recovers the NPG update" F^+ grad J, both by complex steps."""
@@ -367,22 +361,20 @@ def check_npg_linear(rng, broken=""):
         yield from [(np.log(gap[99] / gap[199]) / 10, 1), (slow[1999] / slow[3999] / 2, 1)]   # eta D 100 = 10
 
 
-# ---- Section 2.1: covariate shift -----------------------------------------------------------------------------------
-
 def check_shift_last_turn(rng, broken=""):
-    """Section 2.1: a policy that "has only learned to generate the final response": LT-MIXED's gap grows with H."""
+    """Section 2.1: a policy that "has only learned to generate the final response": LT-MIXED's gap grows."""
     gap = np.array([tb.shift_gap("LT-ONLINE" if broken else "LT-MIXED", H, T=100) for H in range(1, 9)])
     yield gap[:-1] + 1e-4, gap[1:]
 
 
 def check_shift_mt_mixed(rng, broken=""):
-    """Section 4.1: MT-MIXED optimizes "at the states sampled from the offline data", where no customer was asked."""
+    """Section 4.1: MT-MIXED learns at states "from the offline data", none after asking, where it sells blindly."""
     for H in range(2, 9):
         yield tb.shift_gap("MT-MIXED", H, T=500, clerk_random=0.02 if broken else 0), 1 / 4
 
 
 def check_shift_refuel(rng, broken=""):
-    """Section 3: "reduces covariate shift by using on-policy datasets": REFUEL's gap goes to zero like `npg_bound`."""
+    """Section 3: "on-policy datasets" reduce the shift: REFUEL learns to sell where it asks, then to ask; gap -> 0."""
     for H, T in product(range(1, 9), (30, 500)):
         gap = tb.shift_gap("MT-MIXED" if broken else "REFUEL", H, T=T)
         yield gap, tb.npg_bound(tb.shop(H)[0], 1.0) / T
@@ -396,20 +388,17 @@ def check_length_law(rng, broken=""):
     for mdp, pi, eta in instances(rng, 2, H=3, S=2, A=2):
         K = mdp.shape[0]
         mdp = mdp._replace(reward=rng.uniform(size=mdp.shape))
-        unit = 1e-30j * np.eye(pi.size).reshape(-1, *pi.shape)
+        new = np.log(pi) + 1e-30j * np.eye(pi.size).reshape(-1, *pi.shape)
         for uniform in (False, True):
-            draw = tb.length_draw(K, uniform)
-            laws = []
-            for H in range(1, K + 1):   # `pair_law` draws h with 1/H
-                weight = (H * draw[H - 1, :H]).reshape(H, 1, 1, 1, 1, 1)
-                laws.append((tb.ending_at(mdp, H), weight * tb.pair_law(tb.ending_at(mdp, H), pi[:H])))
+            draw, claimed = tb.length_draw(K, uniform), tb.length_draw(K, uniform != bool(broken))
+            laws, J = [], 0
+            for H in range(1, K + 1):
+                end, weight = tb.ending_at(mdp, H), (H * draw[H - 1, :H]).reshape(H, 1, 1, 1, 1, 1)
+                laws.append((end, weight * tb.pair_law(end, pi[:H])))   # `pair_law` draws h with 1/H
+                J = J + claimed[H - 1, 0] * tb.performance(end, tb.softmax(new)[..., :H, :, :])
 
             def loss(logp):
                 return sum(tb.eq1_loss(m, law, (logp - np.log(pi))[..., :m.shape[0], :, :], eta) for m, law in laws)
-            claimed = tb.length_draw(K, uniform != bool(broken))
-            new, J = np.log(pi) + unit, 0
-            for H in range(1, K + 1):
-                J = J + claimed[H - 1, 0] * tb.performance(tb.ending_at(mdp, H), tb.softmax(new)[..., :H, :, :])
             yield loss(tb.log_softmax(new)).imag / 1e-30, -4 / eta * J.imag / 1e-30
             yield tb.best_policy(loss, pi.shape), tb.length_step(mdp, pi, claimed, eta)
 

@@ -168,12 +168,10 @@ def eq6_loss(law, q, log_ratio, eta):
 
 
 def minimise(f, x):
-    """The minimiser of f near x, (n,), by damped Newton steps; f maps (m, n) to (m,) and must be analytic.
-
-    Gradients by complex steps have no cancellation: f(x + i e) = f(x) + i e f'(x)."""
+    """The minimiser of f near x, (n,), by damped Newton steps; f maps (m, n) to (m,) and must be analytic."""
     unit = np.eye(len(x))
 
-    def gradient(z):
+    def gradient(z):   # a complex step has no cancellation: f(x + i e) = f(x) + i e f'(x)
         return f(z + 1e-30j * unit).imag / 1e-30
 
     damping = 1e-3
@@ -206,7 +204,6 @@ def log_linear_gain(mdp, phi, pi):
 
 def sample_pairs(rng, mdp, pi, n, rollouts=1, shared=True):
     """Line 3 of Algorithm 1, n times: h, s, s', y, y' and two rewards, each the mean of `rollouts` futures, all (n,).
-
     s' is s, or unless `shared` the prefix of another conversation."""
     H = mdp.shape[0]
 
@@ -242,7 +239,6 @@ def centring(pi):
 
 def sampled_gain(pi, h, s, s2, y, y2, r, r2):
     """The smallest g that fits g(s, y) - g(s', y') to r - r' best, g centred in every state, (H, S, A).
-
     With s' = s it is the minimiser of Eq. 1 over all policies, as ln(pi'/pi) / eta; what no pair has seen stays."""
     H, S, A = pi.shape
     gram, target = np.zeros((H, S * A, S * A)), np.zeros((H, S * A))
@@ -265,7 +261,6 @@ def relative_error(mdp, pi, gain):
 
 def sampling_limit(mdp, pi, rollouts=1, shared=True):
     """What n times the error of `sampled_gain` on n pairs tends to: sum over turns of trace(G^+ M).
-
     G = E x x^T and M = E x x^T e^2, x the features of a pair, e what the best fit leaves of r - r': the noise of the
     futures and, without a shared prefix, V(s) - V(s')."""
     H, S, A = mdp.shape
@@ -295,7 +290,6 @@ def bounded(a, p, C, centre=True):
 
 def worst_sums(T, A, eta, C, centre=True):
     """max_y sum_t A^t(y) of mirror descent in one state, on A^t built to be worst, for 11 lengths of the wait, (11,).
-
     While waiting, y* = 0 gains just what keeps pi_t(y*) in place, and the other responses swing by +-C in two halves,
     which costs the policy eta^2 C^2 / 2 a step. Then y* sprints: it takes C a step until pi_t(y*) is near 1."""
     wait = (T - np.log(A) / (eta * C) * np.linspace(0.5, 3, 11)).astype(int)[:, None]
@@ -343,7 +337,7 @@ class Theorem1(NamedTuple):
 
 def theorem1(mdp, pis, eta, C, comparator, roll_in=None, Y=None):
     """Every quantity of Theorem 1, measured; roll_in (..., H, S) replaces d^{pi_t} in both assumptions."""
-    H, S, A = mdp.shape
+    H, _, A = mdp.shape
     T, pi = len(pis) - 1, pis[:-1]
     q, star = q_values(mdp, pi), occupancy(mdp, comparator)
     d = np.broadcast_to(occupancy(mdp, pi) if roll_in is None else roll_in, q.shape[:-1])
@@ -362,7 +356,6 @@ def theorem1(mdp, pis, eta, C, comparator, roll_in=None, Y=None):
 
 def narrow_gate(H, Y, e=1e-3):
     """The MDP on which Theorem 1's second term is attained, the uniform policy and the comparator.
-
     States good, bad, happy; s_1 is happy with probability H e / Y. In turn 1 response 0 stays in good, others lead to
     bad; later it leads to happy with probability e. The reward is 1 in happy, e for response 0 in good. Responses 1 to
     Y-1 are alike: lumped into one."""
@@ -464,7 +457,6 @@ def lock(H, A=3):
 
 def shop(H):
     """Section 2.1 as a shop with a random customer; returns the MDP and the clerk (H, S, A) who wrote the logs.
-
     State 0: not asked. Responses 0 and 1 talk on, 2 asks; the customer answers at random "red" (state 1) or "blue" (2),
     anew in every turn. The last response sells: 0 is worth 3/4 in state 0 and 1 in state 1, 1 is worth 1 in state 2.
     The clerk never asks. Asking is best, but before anything is learned it leads to blind selling, worth 1/3."""
@@ -483,7 +475,6 @@ METHODS = {   # name -> (whose prefixes, the last turn only)
 
 def shift_gap(method, H, clerk_random=0.0, T=1000, eta=1.0):
     """J(pi*) - J after T exact regressions of Eq. 1 in `shop(H)`, with a method's prefixes and turns.
-
     A state with any weight is fitted exactly, one with none stays as it is: only the support matters."""
     (prefixes, last_only), (mdp, clerk) = METHODS[method], shop(H)
     clerk = (1 - clerk_random) * clerk + clerk_random * uniform_policy(mdp.shape)
@@ -548,9 +539,8 @@ def conversation_dpo(mdp, ref, eta):
 
 
 def dpo_step(mdp, pi, eta, noise=0.0):
-    """DPO's exact update on REFUEL's pairs, two responses a state: their log-ratio moves by eta ln(p/q).
-
-    p and q are the chances that either's future earns more, if `noise` of the labels are turned around."""
+    """DPO's exact update on REFUEL's pairs, two responses a state: their log-ratio moves by eta ln(p/q), p and q the
+    chances that either's future earns more if `noise` of the labels are turned around."""
     law, r = endings(mdp, pi), mdp.reward.ravel()
     higher = np.einsum("hsao,op,hsbp->hsab", law, pair_difference(r) > 0, law)
     wins = (1 - noise) * higher + noise * higher.swapaxes(-1, -2)
