@@ -50,7 +50,7 @@ MUTANTS = {   # the row or test that should notice: module, what stands there, w
         (T, "mdp.rewards[h] + np.tensordot", "np.tensordot"),
         (T, "joint = d[-1][..., None] * pi[..., h, :, :]", "joint = d[-1][..., None] * pi[..., h + 1, :, :]"),
         (T, "mdp.rewards[H - 1])", "mdp.rewards[-1])"),
-        (C, "bool(error[i] <= tolerance)", "True"),
+        (C, "holds = bool(slack[i] >= -tolerance)", "holds = True"),
     ],
     "the proof; mirror descent on A^t": [
         (T, "return (mdp.start * (pi * q", "return (1 / len(mdp.start) * (pi * q"),
@@ -70,8 +70,8 @@ MUTANTS = {   # the row or test that should notice: module, what stands there, w
     "r - r' is unbiased for Q - Q'": [
         (T, "np.roll(law, 1, axis=1), np.roll(pi, 1, axis=1)", "law, np.roll(pi, 1, axis=1)"),
         (T, "joint = law[y] * law2[y2]", "joint = law[y] * law[y2]"),
-        (T, "np.where((ending < ending.mean())[:, None], uniform, law)",
-         "np.where((ending < 0)[:, None], uniform, law)"),
+        (T, "np.where((ending < ending.mean())[:, None], uniform, joint)",
+         "np.where((ending < 0)[:, None], uniform, joint)"),
     ],
     "test_pairs_at_another_prefix_are_drawn_there": [
         (T, "occupancy(mdp, pi) / mdp.shape[0], pi, pi2)", "occupancy(mdp, pi) / mdp.shape[0], pi, pi)"),
@@ -167,10 +167,10 @@ MUTANTS = {   # the row or test that should notice: module, what stands there, w
         (T, "eta * q_values(mdp, pi) - phi @ w)", "q_values(mdp, pi) - phi @ w)"),
     ],
     "NPG linear, vanilla gradient c / T": [
-        (T, "eta * (step if natural else", "eta * (step / 2 if natural else"),
+        (T, "reweigh(pi, gain if natural else", "reweigh(pi, gain / 2 if natural else"),
     ],
     "test_vanilla_gradient_is_the_gradient": [
-        (T, "occupancy(mdp, pi)[..., None] * pi * step)", "pi * step)"),
+        (T, "occupancy(mdp, pi)[..., None] * pi * gain, eta)", "pi * gain, eta)"),
     ],
     "NPG's O(1/T), attained to 2 %": [
         (T, "(np.log(mdp.shape[-1]) / eta + mdp.reward.max())", "np.log(mdp.shape[-1]) / eta"),
@@ -205,13 +205,13 @@ MUTANTS = {   # the row or test that should notice: module, what stands there, w
         (T, "move[0, :, 1] = [0, 0.6, 0.4]", "move[0, :, 1] = [0, 0.9, 0.1]"),
     ],
     "test_an_equation_fails_on_either_side_and_an_inequality_on_one": [
-        (C, "error = np.abs(left - right)", "error = left - right"),
-        (C, "bool(slack[i] >= -1e-12)", "True"),
-        (C, "slack = right - left", "slack = left - right"),
+        (C, "slack = -np.abs(right - left)", "slack = right - left"),
+        (C, "slack[i] >= -tolerance", "slack[i] >= -np.inf"),
+        (C, "else right - left\n", "else left - right\n"),
         (C, "i = slack.argmin()", "i = slack.argmax()"),
     ],
     "half of eps, with equality": [
-        (C, "eps / 2))\n    return equal(both)", "eps))\n    return equal(both)"),
+        (C, "delta)**2).sum(), eps / 2", "delta)**2).sum(), eps"),
     ],
     "3/2, sqrt(2) C sqrt(T ln Y), attained": [
         (T, "+ eta * C**2 / 2\n", "- eta * C**2 / 2\n"),
@@ -219,8 +219,8 @@ MUTANTS = {   # the row or test that should notice: module, what stands there, w
         (C, "1 / scale + scale / 2", "1 / scale + scale"),
     ],
     "0 and 1": [
-        (C, "return f[0] - mean, f[1] - mean", "return f"),
-        (C, "p[0] * f[0]**2 + p[1] * f[1]**2", "f[0]**2 + f[1]**2"),
+        (C, "error(p, tb.advantage(p, phi), tb.advantage(p, r))", "error(p, phi, r)"),
+        (C, "ff = (p * f**2).sum()", "ff = (f**2).sum()"),
     ],
     "NPG is REFUEL's exact update": [
         (C, "fisher = (score * (tb.occupancy(mdp, pi)[..., None] * pi)",

@@ -1,13 +1,11 @@
 """Multi-turn conversations small enough that everything is computed exactly (sections 2 and 3, appendices A and B).
 
-A finite-horizon MDP: H turns, one reward at the end, r(s_{H+1}) with s_{H+1} = (s_H, y_H). The states of different
-turns are disjoint (section 3.2): a state is the pair (h, s), so every table has a leading axis H and turns share
-nothing. Turns are numbered from 0 here, from 1 in the paper. Roll-outs are computed twice: by listing every future
-(`endings`), which is the definition, and by recursion (`q_values`); check_props.py holds one against the other.
+A finite-horizon MDP: H turns, numbered from 0, and one reward at the end, r(s_{H+1}) with s_{H+1} = (s_H, y_H). The
+states of different turns are disjoint (section 3.2), so every table has a leading axis H. Roll-outs are computed twice:
+by listing every future (`endings`), which is the definition, and by recursion (`q_values`).
 
 Dimension key: H turns, S states a turn, A responses a state (the paper's Y), O = S * A endings (s_H, y_H),
-d features, T iterations, n pairs; `...` any leading axes: most functions take a stack of policies. float64
-throughout; logits and policies may be complex, so that derivatives can be taken by complex steps (`minimise`).
+d features, T iterations, n pairs; `...` any leading axes. float64; policies may be complex (see `minimise`).
 """
 from typing import NamedTuple
 
@@ -23,8 +21,7 @@ class MDP(NamedTuple):
 
     @property
     def shape(self):
-        """(H, S, A)"""
-        return (len(self.move) + 1, *self.reward.shape[-2:])
+        return (len(self.move) + 1, *self.reward.shape[-2:])   # (H, S, A)
 
     @property
     def rewards(self):
@@ -58,7 +55,7 @@ def uniform_policy(shape):
 
 
 def endings(mdp, pi):
-    """Roll-outs: law of the ending (s_H, y_H) after y_h at s_h, (H, S, A, O), by listing every future one by one."""
+    """Roll-outs: law of the ending (s_H, y_H) after y_h at s_h, (H, S, A, O), by listing every future."""
     H, S, A = mdp.shape
     law = np.zeros((H, S, A, S, A))
 
@@ -129,28 +126,28 @@ def refuel_step(mdp, pi, eta):
     return reweigh(pi, q_values(mdp, pi), eta)
 
 
-def pair_law(mdp, pi, future=None, common_numbers=False, other_prefix=False):
+def pair_law(mdp, pi, future=None, coupling=""):
     """Line 3 of Algorithm 1 as a law: probability of h, s, y, y' and both endings, (H, S, A, A, O, O).
 
-    h is uniform, s ~ d_h^pi, y and y' ~ pi independently, and both futures follow pi (or `future`) independently;
-    with common_numbers the same random number drives both futures: each keeps its law, jointly they depend;
-    with other_prefix y' and its future belong to another prefix of the turn than s."""
+    h is uniform, s ~ d_h^pi, y and y' ~ pi, and both futures follow pi (or `future`), all independently, or as the
+    coupling says: the same random numbers drive both futures, y' and its future belong to another prefix than s, or
+    y' has seen y's future and is ~ pi after a good one, uniform after a poor one."""
+    assert coupling in ("", "common random numbers", "y' at another prefix", "y' saw y's future")
     law = endings(mdp, pi if future is None else future)
-    law2, pi2 = (np.roll(law, 1, axis=1), np.roll(pi, 1, axis=1)) if other_prefix else (law, pi)
+    law2, pi2 = law, pi
+    if coupling == "y' at another prefix":
+        law2, pi2 = np.roll(law, 1, axis=1), np.roll(pi, 1, axis=1)
     weight = np.einsum("hs,hsa,hsb->hsab", occupancy(mdp, pi) / mdp.shape[0], pi, pi2)
     y, y2 = np.s_[:, :, :, None, :, None], np.s_[:, :, None, :, None, :]
     joint = law[y] * law2[y2]
-    if common_numbers:
+    if coupling == "common random numbers":
         upper, lower = law.cumsum(-1), law.cumsum(-1) - law
         joint = np.maximum(0, np.minimum(upper[y], upper[y2]) - np.maximum(lower[y], lower[y2]))
+    if coupling == "y' saw y's future":
+        ending = mdp.reward.ravel()
+        uniform = joint / pi[:, :, None, :, None, None] / mdp.shape[-1]
+        joint = np.where((ending < ending.mean())[:, None], uniform, joint)
     return weight[..., None, None] * joint
-
-
-def dependent_law(mdp, pi):
-    """As `pair_law`, but y' has seen the first future: it is ~ pi after a good one, uniform after a poor one."""
-    law, ending = pair_law(mdp, pi), mdp.reward.ravel()
-    uniform = law / pi[:, :, None, :, None, None] / mdp.shape[-1]
-    return np.where((ending < ending.mean())[:, None], uniform, law)
 
 
 def pair_difference(f):
@@ -171,13 +168,10 @@ def eq6_loss(law, q, log_ratio, eta):
 
 
 def minimise(f, x):
-    """The minimiser of f near x, (n,), by damped Newton steps; f maps (m, n) to (m,) and must be analytic.
-
-    A reference that shares nothing with any closed form. Gradients by complex steps have no cancellation:
-    f(x + i e) = f(x) + i e f'(x)."""
+    """The minimiser of f near x, (n,), by damped Newton steps; f maps (m, n) to (m,) and must be analytic."""
     unit = np.eye(len(x))
 
-    def gradient(z):
+    def gradient(z):   # a complex step has no cancellation: f(x + i e) = f(x) + i e f'(x)
         return f(z + 1e-30j * unit).imag / 1e-30
 
     damping = 1e-3
@@ -201,9 +195,7 @@ def best_policy(loss, shape):
 
 
 def log_linear_gain(mdp, phi, pi):
-    """The minimiser of Eq. 6 among log-linear policies: ln(pi'/pi) = eta w.phi + const, returned as w.phi (H, S, A).
-
-    phi is (H, S, A, d); only what is left after centring in each state counts."""
+    """The minimiser of Eq. 6 among log-linear policies, ln(pi'/pi) = eta w.phi + const: w.phi, (H, S, A)."""
     mass = np.sqrt(occupancy(mdp, pi)[..., None] * pi)
     x = mass[..., None] * np.moveaxis(advantage(pi[..., None, :], np.moveaxis(phi, -1, -2)), -1, -2)
     y = mass * advantage(pi, q_values(mdp, pi))
@@ -211,9 +203,8 @@ def log_linear_gain(mdp, phi, pi):
 
 
 def sample_pairs(rng, mdp, pi, n, rollouts=1, shared=True):
-    """Line 3 of Algorithm 1, n times: h, s, s', y, y' and the two rewards, each (n,).
-
-    A reward is the mean of `rollouts` futures. s' is s, or unless `shared` the prefix of another conversation."""
+    """Line 3 of Algorithm 1, n times: h, s, s', y, y' and two rewards, each the mean of `rollouts` futures, all (n,).
+    s' is s, or unless `shared` the prefix of another conversation."""
     H = mdp.shape[0]
 
     def draw(p):
@@ -247,10 +238,8 @@ def centring(pi):
 
 
 def sampled_gain(pi, h, s, s2, y, y2, r, r2):
-    """The least-squares fit of g(s, y) - g(s', y') to r - r', g centred in every state, (H, S, A).
-
-    With s' = s this is the minimiser of Eq. 1 over all policies, as ln(pi'/pi) / eta: there centring changes nothing.
-    The smallest solution of the normal equations of a turn, so what no pair has seen stays where it is."""
+    """The smallest g that fits g(s, y) - g(s', y') to r - r' best, g centred in every state, (H, S, A).
+    With s' = s it is the minimiser of Eq. 1 over all policies, as ln(pi'/pi) / eta; what no pair has seen stays."""
     H, S, A = pi.shape
     gram, target = np.zeros((H, S * A, S * A)), np.zeros((H, S * A))
     a, b = s * A + y, s2 * A + y2
@@ -272,9 +261,8 @@ def relative_error(mdp, pi, gain):
 
 def sampling_limit(mdp, pi, rollouts=1, shared=True):
     """What n times the error of `sampled_gain` on n pairs tends to: sum over turns of trace(G^+ M).
-
-    G = E x x^T and M = E x x^T e^2 (the sandwich), x the features of a pair, e what is left of r - r' after the best
-    fit: the noise of the futures and, without a shared prefix, V(s) - V(s')."""
+    G = E x x^T and M = E x x^T e^2, x the features of a pair, e what the best fit leaves of r - r': the noise of the
+    futures and, without a shared prefix, V(s) - V(s')."""
     H, S, A = mdp.shape
     law, d, r = endings(mdp, pi).reshape(H, S * A, S * A), occupancy(mdp, pi), mdp.reward.ravel()
     total = 0.0
@@ -294,16 +282,6 @@ def sampling_limit(mdp, pi, rollouts=1, shared=True):
 
 # ---- Appendix A: mirror descent, and what Theorem 1 speaks of -------------------------------------------------------
 
-def mirror_descent(adversary, T, A, eta):
-    """Largest sum_t A^t(y) over y after T steps pi_{t+1} ∝ pi_t exp(eta A^t) from the uniform policy, (n,).
-
-    adversary(t, p) returns A^t (n, A) knowing p = pi_t (n, A). One state: Lemma 3 holds state by state."""
-    total = np.zeros((1, A))
-    for t in range(T):
-        total = total + adversary(t, softmax(eta * (total - total.max(-1, keepdims=True))))
-    return total.max(-1)
-
-
 def bounded(a, p, C, centre=True):
     """a with its mean under p taken out (unless told not to) and shrunk until |a| <= C, (n, A)."""
     a = a - (p * a).sum(-1, keepdims=True) if centre else a
@@ -311,28 +289,27 @@ def bounded(a, p, C, centre=True):
 
 
 def worst_sums(T, A, eta, C, centre=True):
-    """`mirror_descent` on sequences built to be worst, for 11 lengths of the wait, (11,): wait, then sprint.
-
+    """max_y sum_t A^t(y) of mirror descent in one state, on A^t built to be worst, for 11 lengths of the wait, (11,).
     While waiting, y* = 0 gains just what keeps pi_t(y*) in place, and the other responses swing by +-C in two halves,
-    which costs the policy eta^2 C^2 / 2 a step. In the sprint y* takes C a step until pi_t(y*) is near 1."""
+    which costs the policy eta^2 C^2 / 2 a step. Then y* sprints: it takes C a step until pi_t(y*) is near 1."""
     wait = (T - np.log(A) / (eta * C) * np.linspace(0.5, 3, 11)).astype(int)[:, None]
-    half = np.arange(A) % 2 == 1
-
-    def adversary(t, p):
+    half, total = np.arange(A) % 2 == 1, np.zeros((1, A))
+    for t in range(T):
+        p = softmax(eta * (total - total.max(-1, keepdims=True)))
         light = np.where((p * half).sum(-1) <= (p * ~half).sum(-1) - p[:, 0], C, -C)[:, None]
         waiting = light * np.where(half, 1.0, -1.0)
         waiting[:, 0] = (p[:, 1:] * waiting[:, 1:]).sum(-1) / p[:, 1:].sum(-1) + eta * C**2 / 2
         sprint = np.where(np.arange(A) == 0, 1.0, -p[:, :1] / (1 - p[:, :1]))
         sprint = C * sprint / np.abs(sprint).max(-1, keepdims=True)
-        return bounded(np.where(t < wait, waiting, sprint), p, C, centre)
-    return mirror_descent(adversary, T, A, eta)
+        total = total + bounded(np.where(t < wait, waiting, sprint), p, C, centre)
+    return total.max(-1)
 
 
 def learn(mdp, gain, T, first, Y=None):
     """T REFUEL updates of `first` with eta = sqrt(ln Y / (C^2 T)), as in Lemma 3: policies (T+1, H, S, A), eta, C.
 
-    gain(pi) is the regressor's ln(pi'/pi) / eta. C must bound |A^t|, which is known only after the run: start at 1
-    and run again with a larger C while the bound was broken. Y is A unless responses that are alike were lumped."""
+    gain(pi) is ln(pi'/pi) / eta. C must bound |A^t|, known only after the run: while it was broken, run again with a
+    larger one. Y is A unless responses that are alike were lumped."""
     C = 1.0
     for _ in range(10):
         eta = np.sqrt(np.log(Y or mdp.shape[-1]) / (C**2 * T))
@@ -360,7 +337,7 @@ class Theorem1(NamedTuple):
 
 def theorem1(mdp, pis, eta, C, comparator, roll_in=None, Y=None):
     """Every quantity of Theorem 1, measured; roll_in (..., H, S) replaces d^{pi_t} in both assumptions."""
-    H, S, A = mdp.shape
+    H, _, A = mdp.shape
     T, pi = len(pis) - 1, pis[:-1]
     q, star = q_values(mdp, pi), occupancy(mdp, comparator)
     d = np.broadcast_to(occupancy(mdp, pi) if roll_in is None else roll_in, q.shape[:-1])
@@ -379,10 +356,9 @@ def theorem1(mdp, pis, eta, C, comparator, roll_in=None, Y=None):
 
 def narrow_gate(H, Y, e=1e-3):
     """The MDP on which Theorem 1's second term is attained, the uniform policy and the comparator.
-
-    States good, bad, happy; s_1 is happy with probability H e / Y, else good. In turn 1 response 0 stays in good,
-    others lead to bad; later response 0 leads from good to happy with probability e. The reward is 1 in happy, e for
-    response 0 in good. Responses 1 to Y-1 are alike, so they are lumped into one of probability 1 - 1/Y."""
+    States good, bad, happy; s_1 is happy with probability H e / Y. In turn 1 response 0 stays in good, others lead to
+    bad; later it leads to happy with probability e. The reward is 1 in happy, e for response 0 in good. Responses 1 to
+    Y-1 are alike: lumped into one."""
     kappa, eye = H * e / Y, np.eye(3)
     move = np.broadcast_to(eye[:, None], (H - 1, 3, 2, 3)).copy()
     move[1:, 0, 0] = (1 - e) * eye[0] + e * eye[2]
@@ -409,9 +385,8 @@ def apc_by_search(mdp, phi, theta, eta, partition=False):
 
 
 def weighted_design(mdp, phi, pi):
-    """Least squares under h uniform, s ~ d_h^pi, y ~ pi: rows scaled by the root of their probability.
-
-    Returns features (H*S*A, d), one indicator a state (H*S*A, H*S), and Q (H*S*A,)."""
+    """Features (H*S*A, d), one indicator a state (H*S*A, H*S) and Q (H*S*A,), scaled by the root of the probability of
+    h uniform, s ~ d_h^pi, y ~ pi: least squares on them is under that law."""
     H, S, A = mdp.shape
     root = np.sqrt(occupancy(mdp, pi)[..., None] * pi / H).reshape(-1, 1)
     states = np.repeat(np.eye(H * S), A, axis=0)
@@ -433,9 +408,7 @@ def best_log_C(mdp, phi, theta, eta):
 
 
 def apc_error(mdp, phi, theta, eta):
-    """Left side of the APC condition at pi_theta: least squares of Q on the features, an intercept free in every state.
-
-    The normalisers of pi' and pi go into the intercept, any real number because C(s) is any positive one."""
+    """Left side of the APC condition at pi_theta: least squares of Q on features and one intercept a state, -ln C."""
     x, states, q = weighted_design(mdp, phi, softmax(phi @ theta))
     return residual_error(np.hstack([x / eta, states]), q)
 
@@ -448,24 +421,27 @@ def q_approx_error(mdp, phi, theta):
 
 # ---- Sections 3.1 and 2.1: methods, and MDPs to compare them on -----------------------------------------------------
 
-def gradient_gaps(mdp, eta, T, natural=True, first=None):
-    """J(pi*) - J(pi_t) for t = 1..T, (T,), by NPG (= exact REFUEL) or by vanilla policy gradient."""
-    logits = np.zeros(mdp.shape) if first is None else np.log(first)
-    pis = []
-    for _ in range(T):
-        pi = softmax(logits)
-        pis.append(pi)
-        step = advantage(pi, q_values(mdp, pi))
-        logits = logits + eta * (step if natural else occupancy(mdp, pi)[..., None] * pi * step)
-        logits = logits - logits.max(-1, keepdims=True)
+def update_gaps(mdp, step, T, first=None):
+    """J(pi*) - J(pi_t) for t = 1..T, (T,), from the uniform policy or `first`; step maps pi_t to pi_{t+1}."""
+    pis = [uniform_policy(mdp.shape) if first is None else first]
+    for _ in range(T - 1):
+        pis.append(step(pis[-1]))
     return performance(mdp, optimal_policy(mdp)) - performance(mdp, np.stack(pis))
+
+
+def gradient_gaps(mdp, eta, T, natural=True, first=None):
+    """`update_gaps` of NPG (= exact REFUEL) or of vanilla policy gradient; either adds to the logits of a softmax."""
+    def step(pi):
+        gain = advantage(pi, q_values(mdp, pi))
+        return reweigh(pi, gain if natural else occupancy(mdp, pi)[..., None] * pi * gain, eta)
+    return update_gaps(mdp, step, T, first)
 
 
 def npg_bound(mdp, eta):
     """H (ln Y / eta + max r), which bounds sum_t J(pi*) - J(pi_t) for every T, every eta and r >= 0.
 
     gap_t = sum_h E_{d*} (KL_t - KL_{t+1} + ln Z_t) / eta, and V^{t+1}(s) - V^t(s) >= ln Z_t(s) / eta >= 0
-    (Agarwal et al., 2021, for a finite horizon): both sums telescope. Once pi_t is near pi*, the first is attained."""
+    (Agarwal et al., 2021, for a finite horizon): both sums telescope."""
     return mdp.shape[0] * (np.log(mdp.shape[-1]) / eta + mdp.reward.max())
 
 
@@ -481,11 +457,9 @@ def lock(H, A=3):
 
 def shop(H):
     """Section 2.1 as a shop with a random customer; returns the MDP and the clerk (H, S, A) who wrote the logs.
-
-    State 0: the customer has not been asked. Responses 0 and 1 talk on, 2 asks; the customer answers at random "red"
-    (state 1) or "blue" (state 2), anew in every turn. The last response sells: the usual article (0) is worth 3/4 in
-    state 0, the red one (0) 1 in state 1, the blue one (1) 1 in state 2. The clerk never asks. Asking is best, but
-    before anything is learned it leads to blind selling, worth 1/3."""
+    State 0: not asked. Responses 0 and 1 talk on, 2 asks; the customer answers at random "red" (state 1) or "blue" (2),
+    anew in every turn. The last response sells: 0 is worth 3/4 in state 0 and 1 in state 1, 1 is worth 1 in state 2.
+    The clerk never asks. Asking is best, but before anything is learned it leads to blind selling, worth 1/3."""
     move = np.zeros((H - 1, 3, 3, 3))
     move[:, 0, :2, 0] = 1
     move[:, 0, 2, 1:] = 1 / 2
@@ -500,17 +474,16 @@ METHODS = {   # name -> (whose prefixes, the last turn only)
 
 
 def shift_gap(method, H, clerk_random=0.0, T=1000, eta=1.0):
-    """J(pi*) - J after T exact regressions of Eq. 1 in `shop(H)`, with the prefixes and turns of a method.
-
-    Tabular: a state with any weight is fitted exactly, one with none stays as it is, so only the support matters."""
+    """J(pi*) - J after T exact regressions of Eq. 1 in `shop(H)`, with a method's prefixes and turns.
+    A state with any weight is fitted exactly, one with none stays as it is: only the support matters."""
     (prefixes, last_only), (mdp, clerk) = METHODS[method], shop(H)
     clerk = (1 - clerk_random) * clerk + clerk_random * uniform_policy(mdp.shape)
-    pi = uniform_policy(mdp.shape)
-    for _ in range(T):
+
+    def step(pi):
         seen = occupancy(mdp, clerk if prefixes == "logs" else pi) > 0
         seen[:-1] &= not last_only
-        pi = np.where(seen[..., None], refuel_step(mdp, pi, eta), pi)
-    return performance(mdp, optimal_policy(mdp)) - performance(mdp, pi)
+        return np.where(seen[..., None], refuel_step(mdp, pi, eta), pi)
+    return update_gaps(mdp, step, T + 1)[-1]
 
 
 # ---- Beyond the paper: the law of (H, h), DPO and a random user -----------------------------------------------------
@@ -565,35 +538,20 @@ def conversation_dpo(mdp, ref, eta):
     return best_policy(loss, mdp.shape)
 
 
-def wins(mdp, pi, noise=0.0):
-    """Probability that y's future earns more than y''s, (H, S, A, A), if `noise` of the labels are turned around."""
+def dpo_step(mdp, pi, eta, noise=0.0):
+    """DPO's exact update on REFUEL's pairs, two responses a state: their log-ratio moves by eta ln(p/q), p and q the
+    chances that either's future earns more if `noise` of the labels are turned around."""
     law, r = endings(mdp, pi), mdp.reward.ravel()
     higher = np.einsum("hsao,op,hsbp->hsab", law, pair_difference(r) > 0, law)
-    return (1 - noise) * higher + noise * higher.swapaxes(-1, -2)
-
-
-def dpo_step(mdp, pi, eta, noise=0.0):
-    """DPO's exact update on REFUEL's pairs, two responses a state: their log-ratio moves by eta ln(p/q)."""
-    p = wins(mdp, pi, noise)
-    p, q = p[..., 0, 1], p[..., 1, 0]
+    wins = (1 - noise) * higher + noise * higher.swapaxes(-1, -2)
+    p, q = wins[..., 0, 1], wins[..., 1, 0]
     move = np.log(np.where(p > 0, p, 1.0)) - np.log(np.where(q > 0, q, 1.0))   # without a label nothing moves
     return reweigh(pi, np.stack([move, np.zeros_like(move)], -1), eta)
 
 
 def gamble():
-    """Turn 1: play safe (0), or a gamble (1) that the user takes well (state 1) or badly (state 2).
-
-    The right last response is worth 0.5 after safe play, 0.6 if well taken (probability 0.6), nothing if badly."""
+    """Turn 1: play safe (0, worth 0.5), or a gamble (1) that the user takes well (chance 0.6, worth 0.6) or badly."""
     move = np.zeros((1, 3, 2, 3))
     move[0, :, 0, 0] = 1
     move[0, :, 1] = [0, 0.6, 0.4]
     return MDP(np.array([1.0, 0.0, 0.0]), move, np.array([[0.5, 0.0], [0.6, 0.0], [0.0, 0.0]]))
-
-
-def update_gaps(mdp, step, T, value=performance):
-    """The best value less that of pi_1..pi_T from the uniform policy, (T,); step maps pi_t to pi_{t+1}."""
-    pi, values = uniform_policy(mdp.shape), []
-    for _ in range(T):
-        values.append(value(mdp, pi))
-        pi = step(pi)
-    return value(mdp, optimal_policy(mdp)) - np.array(values)
