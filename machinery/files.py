@@ -263,7 +263,7 @@ def iteration_folder(out, t):
 
 def policy_folder(out, t):
     """Where iteration t's policy is kept: a Hugging Face folder."""
-    return os.path.join(out, f"iter_{t}", "policy")
+    return os.path.join(iteration_folder(out, t), "policy")
 
 
 def kept_policies(out):

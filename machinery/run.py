@@ -33,9 +33,7 @@ def check_folder(cfg, made_of):
     """--out is new, or a run of this configuration, of the same inputs, on this number of processes."""
     path = os.path.join(cfg.out, "config.json")
     if os.path.exists(path):
-        old = files.read_json(path)
-        check_same(cfg, asdict(cfg), old)
-        check_inputs(cfg, made_of, old.get("made_of"))
+        check_same(cfg, made_of, files.read_json(path))
         state = os.path.join(cfg.out, "training", "step.json")
         ranks = files.read_json(state)["ranks"] if os.path.exists(state) else world()
         if ranks != world():
@@ -45,26 +43,27 @@ def check_folder(cfg, made_of):
             raise BadInput(f"--out {cfg.out} exists and is not a run's folder")
 
 
-def check_same(cfg, new, old):
-    other = []
-    for name in sorted(new.keys() | old.keys() - {"made_of"}):
-        if name != "out" and old.get(name) != new.get(name):
-            other.append(f"{name} ({old.get(name)} there, {new.get(name)} now)")
-    if other:
-        raise BadInput(f"{cfg.out} is a run with another {', '.join(other)}: choose another --out")
-
-
-def check_inputs(cfg, new, old):
-    if old is None:
-        raise BadInput(f"{cfg.out} does not say what it was made of: choose another --out")
-    other = []
+def different(old, new, longest=math.inf):
+    """What two mappings differ in, with both values where they are not longer than a person reads."""
+    found = []
     for name in sorted(new.keys() | old.keys()):
         if old.get(name) != new.get(name):
             values = f"{old.get(name)} there, {new.get(name)} now"
-            other.append(f"{name} ({values})" if len(values) < 60 else name)  # a hash says nothing to a person
+            found.append(f"{name} ({values})" if len(values) < longest else name)
+    return ", ".join(found)
+
+
+def check_same(cfg, made_of, old):
+    """A config.json against this command's configuration, then against what its inputs are now."""
+    old, old_inputs = {k: v for k, v in old.items() if k != "made_of"}, old.get("made_of")
+    other = different(old | {"out": cfg.out}, asdict(cfg))  # a folder may have been moved
     if other:
-        raise BadInput(f"{cfg.out} was made with another {', '.join(other)}: put back what has changed, or choose another "
-                       "--out")  # fmt: skip
+        raise BadInput(f"{cfg.out} is a run with another {other}: choose another --out")
+    if old_inputs is None:
+        raise BadInput(f"{cfg.out} does not say what it was made of: choose another --out")
+    other = different(old_inputs, made_of, longest=60)  # a hash says nothing to a person
+    if other:
+        raise BadInput(f"{cfg.out} was made with another {other}: put back what has changed, or choose another --out")
 
 
 def open_folder(cfg, made_of):

@@ -312,6 +312,7 @@ def encode_plain(tokenizer, text):
     return plain
 
 
+@functools.lru_cache(maxsize=8)
 def end_token(tokenizer):
     """The id that ends an assistant's turn in this template."""
     return encode(tokenizer, template_pieces(tokenizer)[2])[0]

@@ -114,11 +114,8 @@ class DataUser:
 
 
 def check_user(cfg):
-    """Everything about --user that can be known before a model is loaded."""
-    if cfg.user == "dataset":
-        return
-    if "://" in cfg.user:
-        user_server(cfg)
+    """Everything about --user that can be known before a model is loaded, beside its URL (simulator.check_names)."""
+    if cfg.user == "dataset" or "://" in cfg.user:
         return
     load_tokenizer(find_checkpoint(cfg.user.removeprefix("serve:")))
     if cfg.user.startswith("serve:") and not importlib.util.find_spec("vllm"):
