@@ -28,7 +28,7 @@ from machinery.files import BadInput, iteration_folder, policy_folder
 from machinery.ranks import barrier, one_line, rank, start_processes, world
 from machinery.report import markdown, methods_figure, methods_table
 from machinery.run import open_folder
-from machinery.settings import read_config
+from machinery.settings import did_you_mean, read_config
 from refuel import from_the_start, refuel_loss
 from simulator import load_cast, made_of, offline_prompts, prepare, train_prompts
 
@@ -178,16 +178,16 @@ def add_costs(results, cfg):
     return results
 
 
-def differences(played, reward, at_end=False):
+def differences(played, reward, turns=None):
     """Paired differences of win rates, with intervals over dialogues: same openings, same users."""
     rows, judge = [], evaluate.by_reward(reward)
     for a, b in DIFFERENCES:
         if a in played and b in played:
-            won = {name: evaluate.judged(played[name], played["base"], judge, at_end) for name in (a, b)}
+            won = {name: evaluate.judged(played[name], played["base"], judge, turns) for name in (a, b)}
             d_NH = 100 * (won[a] - won[b])
             low, high = evaluate.bootstrap(d_NH.mean(1, keepdims=True))[:, 0]
-            turns = ", ".join(f"{x:+.1f}" for x in d_NH.mean(0))
-            rows.append([f"{a} - {b}", turns, f"{d_NH.mean():+.1f} [{low:+.1f}, {high:+.1f}]"])
+            per_turn = ", ".join(f"{x:+.1f}" for x in d_NH.mean(0))
+            rows.append([f"{a} - {b}", per_turn, f"{d_NH.mean():+.1f} [{low:+.1f}, {high:+.1f}]"])
     return "\n".join(markdown(["difference", "per turn", "average"], rows))
 
 
@@ -233,7 +233,8 @@ def choose(text):
     for name in text.split(","):
         found = [m for m in METHODS if name in ("all", m, m.split("-")[0])]
         if not found:
-            raise BadInput(f"--method is all, {', '.join(LOSSES)} or one of {', '.join(METHODS)}, not {name}")
+            raise BadInput(f"--method is all, {', '.join(LOSSES)} or one of {', '.join(METHODS)}, not {name}"
+                           f"{did_you_mean(name, [*METHODS, *LOSSES, 'all'])}")
         chosen += [m for m in found if m not in chosen]
     return chosen
 
@@ -260,7 +261,7 @@ def run(methods, cfg, given=frozenset()):
     add_costs(results, cfg)
     curve = curves([m for m in done if METHODS[m].loss is refuel_loss], cfg, cast)
     if rank() == 0:
-        report(results, curve, differences(played, cast[2], cfg.user == "dataset"), cfg.out)
+        report(results, curve, differences(played, cast[2], evaluate.judged_turns(cfg)), cfg.out)
     barrier()
     return results, failed
 
@@ -281,10 +282,10 @@ def report(results, curve, paired, out):
 
 def main(argv=None):
     with one_line("baselines.py"):
-        cfg, extra = read_config(argv, __doc__, method=dict(required=True))
+        cfg, extra = read_config(argv, __doc__, method=dict(required=True, help="all, a loss or a row; several with commas"))
         methods, given = choose(extra["method"]), extra["given"]
         if "out" not in given:
-            cfg = replace(cfg, out=os.path.join("runs", f"{cfg.setting}_baselines"))
+            cfg = replace(cfg, out=f"{cfg.out}_baselines")
         start_processes()
         cfg = prepare(cfg)
         open_folder(cfg, made_of)

@@ -4,11 +4,11 @@
     python evaluate.py --setting one --policy runs/one NAME=org/model --judge URL --judge-model gpt-4-0613
 
 A policy is a run's folder (its last iteration), a Hugging Face folder or a hub id. Every policy plays the same openings
-with the same user and the same random streams, for max_turns turns; the judge compares, at each turn h, the
-conversations' first h turns. Where the data asks its own questions (setting two) a dialogue has as many turns as
-questions, and whole dialogues are compared (section 4.3). A tie counts half. Intervals are 95 % bootstraps over
-dialogues, since the turns of one dialogue are not independent. Judges: the reward model, the toy world's own reward, or
-a language model that is asked in both orders, at an OpenAI-compatible URL (key: OPENAI_API_KEY) or from a checkpoint in
+with the same user and the same random streams, for max_turns turns or until the user ends it; the judge compares, at
+each turn h, the conversations' first h turns. Where the data asks its own questions (setting two) a dialogue has as many
+turns as questions, and whole dialogues are compared (section 4.3). A tie counts half. Intervals are 95 % bootstraps over
+dialogues, since the turns of one dialogue are not independent. Judges: the reward model, a world's own reward, or a
+language model that is asked in both orders, at an OpenAI-compatible URL (key: OPENAI_API_KEY) or from a checkpoint in
 this process.
 
 Dimension key: N dialogues, H turns.
@@ -25,7 +25,7 @@ from dataclasses import replace
 import numpy as np
 
 import simulator
-from machinery import engines, families, files, fsdp
+from machinery import engines, families, files, fsdp, worlds
 from machinery.ask import Server
 from machinery.files import BadInput, read_weights, write_file
 from machinery.judges import ANTHROPIC_HH, ULTRAINTERACT, LLMJudge, local_judge
@@ -53,18 +53,21 @@ def by_reward(reward):
     return judge
 
 
-def stages(dialogues, at_end=False):
-    """What is judged and scored, a list of conversations a column: the first h turns, h = 1..H, or (at_end) the dialogues
-    as they ended, of whatever lengths."""
-    if at_end:
+def stages(dialogues, turns=None):
+    """What is judged and scored, a list of conversations a column: the first h turns, h = 1..turns, or (turns 0) the
+    dialogues as they ended. One that its user ended before turn h is compared as it ended; None: all turns there are."""
+    if turns == 0:
         return [dialogues]
-    turns = min(len(d.spans) for d in dialogues)
-    return [[d.until(h) for d in dialogues] for h in range(1, turns + 1)]
+    if turns is None:
+        turns = max(len(d.spans) for d in dialogues)
+    return [[d.until(min(h, len(d.spans))) for d in dialogues] for h in range(1, turns + 1)]
 
 
-def judged(a, b, judge, at_end=False):
+def judged(a, b, judge, turns=None):
     """The judge's verdicts on dialogues a against b, at each turn: (N, H) in {0, 1/2, 1}; (N, 1) of whole dialogues."""
-    columns = [judge(x, y) for x, y in zip(stages(a, at_end), stages(b, at_end), strict=True)]
+    if turns is None:
+        turns = max(len(d.spans) for d in (*a, *b))
+    columns = [judge(x, y) for x, y in zip(stages(a, turns), stages(b, turns), strict=True)]
     return np.stack(columns, axis=1)
 
 
@@ -106,43 +109,47 @@ def length_controlled(verdict_N, difference_N, ridge=1e-2):
     return 100 / (1 + np.exp(-weight_2[0]))
 
 
-def lengths(dialogues, at_end=False):
+def lengths(dialogues, turns=None):
     """Tokens of all answers that are seen at each stage: (N, H)."""
     columns = []
-    for stage in stages(dialogues, at_end):
+    for stage in stages(dialogues, turns):
         columns.append([d.tokens_said() for d in stage])
     return np.array(columns, dtype=float).T
 
 
-def scored(dialogues, reward, at_end=False):
+def scored(dialogues, reward, turns=None):
     """Rewards at each stage: (N, H); the opening of a dialogue whose reward is not finite is named."""
-    reward_NH = np.stack([reward(stage) for stage in stages(dialogues, at_end)], axis=1)
+    reward_NH = np.stack([reward(stage) for stage in stages(dialogues, turns)], axis=1)
     for d, row in zip(dialogues, reward_NH, strict=True):
         if not np.isfinite(row).all():
             raise BadInput(f"the reward of a dialogue is not finite: {d.messages[0]['content'][:200]!r}")
     return reward_NH
 
 
-def summary(dialogues, reference, judge, reward, at_end=False):
-    """One row of results.json: a policy's dialogues against the reference's, from the same openings."""
+def summary(dialogues, reference, judge, reward, turns=None):
+    """One row of results.json: a policy's dialogues against the reference's, from the same openings; turns: see stages."""
     before = Counter(getattr(judge, "counts", ()))
-    verdict_NH = 100 * judged(dialogues, reference, judge, at_end)
-    reward_NH = scored(dialogues, reward, at_end)
+    if turns is None:
+        turns = max(len(d.spans) for d in (*dialogues, *reference))
+    verdict_NH = 100 * judged(dialogues, reference, judge, turns)
+    reward_NH = scored(dialogues, reward, turns)
     win_H, (low_H, high_H) = verdict_NH.mean(0), bootstrap(verdict_NH)
     avg_low, avg_high = bootstrap(verdict_NH.mean(1, keepdims=True))[:, 0]
-    seen_NH = lengths(dialogues, at_end)  # what the judge saw at turn h
-    longer_NH = seen_NH - lengths(reference, at_end)
+    seen_NH = lengths(dialogues, turns)  # what the judge saw at turn h
+    longer_NH = seen_NH - lengths(reference, turns)
     turns_N = np.array([len(d.spans) for d in dialogues])
-    answer_NH = seen_NH / turns_N[:, None] if at_end else np.diff(seen_NH, axis=1, prepend=0)  # tokens an answer
+    answer_NH = np.diff(seen_NH, axis=1, prepend=0) if turns else seen_NH / turns_N[:, None]  # tokens an answer
+    there_NH = turns_N[:, None] > np.arange(turns) if turns else np.ones((len(dialogues), 1))  # who has an answer h
+    length_H = answer_NH.sum(0) / there_NH.sum(0).clip(min=1)
     controlled_H = np.array([length_controlled(v, x) for v, x in zip(verdict_NH.T / 100, longer_NH.T)])
     row = {"win": win_H, "low": low_H, "high": high_H, "avg": win_H.mean(), "avg_low": avg_low, "avg_high": avg_high,
-           "win_controlled": controlled_H, "avg_controlled": controlled_H.mean(), "length": answer_NH.mean(0),
+           "win_controlled": controlled_H, "avg_controlled": controlled_H.mean(), "length": length_H,
            "reward": reward_NH.mean(0), "reward_error": reward_NH.std(0) / len(reward_NH) ** 0.5}  # fmt: skip
     if hasattr(judge, "counts"):
         for name in ("asked", "flips", "unparsable", "unanswered"):
             row[name] = judge.counts[name] - before[name]
         row["flip_rate"] = 100 * row["flips"] / max(1, row["asked"])
-    return {k: np.round(v, 4).tolist() for k, v in row.items()} | {"dialogues": len(dialogues)}
+    return {k: np.round(v, 4).tolist() for k, v in row.items()} | {"dialogues": len(dialogues), "turns": round(float(turns_N.mean()), 4)}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -281,7 +288,7 @@ def evaluate(policies, folder, policy, user, reward, cfg, judge=None, kl=True):
     divergence = kl_to_reference(paths, played, cfg) if kl else {}
     results = {}
     for name, dialogues in played.items():
-        row = summary(dialogues, played["base"], judge or by_reward(scores), scores, at_end=cfg.user == "dataset")
+        row = summary(dialogues, played["base"], judge or by_reward(scores), scores, judged_turns(cfg))
         row |= divergence.get(name, {})
         row |= {"failed": len(prompts) - len(dialogues), "command": " ".join(["python", *sys.argv])}
         results[name] = row
@@ -289,6 +296,11 @@ def evaluate(policies, folder, policy, user, reward, cfg, judge=None, kl=True):
             write_file(os.path.join(folder, "results.json"), json.dumps(results, indent=1))
     barrier()
     return results, played
+
+
+def judged_turns(cfg):
+    """At how many turns dialogues are compared; 0, where the data asks its own questions: as wholes (section 4.3)."""
+    return 0 if cfg.user == "dataset" else cfg.max_turns
 
 
 def report(results, played, reward, folder):
@@ -315,14 +327,15 @@ def command(argv):
     own.add_argument("--policy", nargs="+", action="extend", default=[])
     own.add_argument("--out")
     own, rest = own.parse_known_args(argv)
-    flags = dict(judge=dict(default="reward", metavar="reward|world|URL|FOLDER"), judge_model=dict(metavar="NAME"),
-                 judge_tokens=dict(default=512, type=int, metavar="N"))  # room for its comparison and verdict
+    flags = dict(judge=dict(default="reward", metavar="reward|world|URL|FOLDER", help="who compares [reward]"),
+                 judge_model=dict(metavar="NAME", help="the judge's name at a URL"),
+                 judge_tokens=dict(default=512, type=int, metavar="N", help="room for its comparison and verdict [512]"))
     cfg, extra = read_config(rest, __doc__, **flags)
     if not own.policy:
         raise BadInput("--policy names at least one run folder, checkpoint folder or hub id")
     if extra["judge_tokens"] < 1:
         raise BadInput(f"--judge-tokens must be positive, not {extra['judge_tokens']}")
-    out = own.out or os.path.join("runs", "eval", cfg.setting)
+    out = own.out or os.path.join("runs", "eval", os.path.basename(cfg.out))
     if os.path.exists(out) and not os.path.isdir(out):
         raise BadInput(f"--out {out} is not a folder")
     return replace(cfg, out=out), own.policy, extra["judge"], extra["judge_model"], extra["judge_tokens"]
@@ -355,10 +368,9 @@ def load_judge(name, model, cfg, judge_tokens):
     if name == "reward":
         return None
     if name == "world":
-        world = simulator.world(cfg.dataset)
-        if not world:
-            raise BadInput("--judge world: only the toy's world knows what is right")
-        return by_reward(world.Reward())
+        if not worlds.world_file(cfg.dataset):
+            raise BadInput(f"--judge world: --dataset {cfg.dataset} is no world with a reward of its own")
+        return by_reward(shared(worlds.load_reward(cfg.dataset, "--judge world")))
     if "://" in name:
         if not model:
             raise BadInput("--judge URL needs --judge-model NAME")

@@ -62,7 +62,8 @@ class Pair(NamedTuple):
     @classmethod
     def of(cls, first, second, h, rewards):
         """The pair of two finished conversations that part at turn h."""
-        return cls(first.reset(h).ids, first.answer(h), second.answer(h), rewards, h, len(first.spans), (first, second),
+        H = max(len(first.spans), len(second.spans))  # a user may have ended one of them before
+        return cls(first.reset(h).ids, first.answer(h), second.answer(h), rewards, h, H, (first, second),
                    truncated=(tuple(first.truncated), tuple(second.truncated)),
                    engine_logps=(first.logps[h - 1], second.logps[h - 1]), opening=first.messages[0]["content"][:200])
 

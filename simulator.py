@@ -1,6 +1,7 @@
 """A conversation: dialogue, reset, roll-out, both futures of a state; and the cast that a configuration names.
 
     python simulator.py --setting toy --policy runs/toy/iter_2/policy --show 3      look at dialogues and resets
+    python simulator.py --world FILE.py --policy FOLDER --show 3                    the same of a world of your own
 
 Sections 2 and 4.2. Token ids are the truth and text is a view: what the policy sampled is what is trained on. A dialogue
 is never decoded and tokenised again between turns. Roll-in and roll-out are one function, `rollout`; a reset is a slice.
@@ -17,12 +18,11 @@ from typing import Any
 
 import numpy as np
 
-import toy
-from machinery import data, families, rewards, users
+from machinery import data, families, rewards, users, worlds
 from machinery.engines import load_engine
 from machinery.files import BadInput, check_positions, find_checkpoint, fingerprint, load_config, versions
-from machinery.ranks import barrier, one_line, rank, start_processes
-from machinery.seams import ask, score
+from machinery.ranks import on_rank_0, one_line, rank, start_processes, told
+from machinery.seams import END, ask, score
 from machinery.settings import engine_name, read_config, seed_for
 from machinery.template import (check_history, check_vocabulary, checked, encode, end_token, later_ids, load_tokenizer,
                                 opening_ids, said, stop_tokens)  # fmt: skip
@@ -149,30 +149,34 @@ class Dialogue:
 # Roll-in, reset, roll-out
 # ---------------------------------------------------------------------------------------------------------------
 # A policy has answer(dialogues) -> [(ids, truncated, ln pi), or None where the context is full] and its tokenizer; a user
-# has reply(dialogues) -> [text, or None where it has none]. Both see whole batches.
+# has reply(dialogues) -> [text, END where the conversation is over, or None where it failed]. Both see whole batches.
+
+
+OVER = "over before turn h"
 
 
 def rollout(dialogues, policy, user, turns):
     """Let policy and user talk until each dialogue has its number of answers (section 2, roll-ins and roll-outs).
 
-    dialogues: states s_h at which the assistant speaks next; turns: how many assistant turns each ends with.
-    Returns new dialogues, each ending with an answer; one that user or policy had to give up carries `failed`."""
+    dialogues: states s_h at which the assistant speaks next; turns: how many assistant turns each ends with, or fewer
+    where the user ends it. Returns new dialogues, each ending with an answer; one that user or policy had to give up
+    carries `failed`."""
     dialogues = [d.copy() for d in dialogues]
-    goals = list(zip(dialogues, turns, strict=True))
-    active = [d for d, n in goals if len(d.spans) < n]
+    goals = {id(d): int(n) for d, n in zip(dialogues, turns, strict=True)}
+    active = [d for d in dialogues if len(d.spans) < goals[id(d)]]
     while active:
         for d, answer in zip(active, policy.answer(active), strict=True):
             if answer is None:
                 d.failed = "too long"
             else:
                 d.add_answer(policy.tokenizer, *answer)
-        active = [d for d, n in goals if len(d.spans) < n and not d.failed]
-        for d, text in zip(active, ask(user, active), strict=True):
+        heard = [d for d in active if len(d.spans) < goals[id(d)] and not d.failed]
+        active = []
+        for d, text in zip(heard, ask(user, heard), strict=True):
             if text is None:
                 d.failed = "user"
-            else:
-                d.add_user(policy.tokenizer, text)
-        active = [d for d in active if not d.failed]
+            elif text is not END:
+                active.append(d.add_user(policy.tokenizer, text))
     return dialogues
 
 
@@ -182,12 +186,18 @@ def futures(starts, h, H, streams, policy, user, dropped):
     starts: where the roll-ins begin; h, H: turns, one of each a start; streams: the starts' random numbers. The first
     roll-out continues the roll-in: the trajectory's own y_h is a sample of pi_t(.|s_h). The second one starts anew at s_h
     with its own noise, for policy and user alike, so that only the prefix is shared.
-    Returns [(the first conversation, the second, h)]; those that failed are counted in `dropped`."""
+    Returns [(the first conversation, the second, h)]; those that failed are counted in `dropped`.
+
+    A user may end a conversation before turn H. Then there may be no s_h: nothing is left to decide there, Eq. 1 has
+    nothing to fit, and the prompt gives no pair. h is not drawn again among the turns that there are: it would then depend
+    on what came after s_h, so that y, whose future chose h, would not be exchangeable with y'."""
     firsts = rollout([d.copy(stream=(s, 0)) for d, s in zip(starts, streams, strict=True)], policy, user, H)
     whole, resets = [], []
     for first, turn, last, stream in zip(firsts, h, H, streams, strict=True):
         if first.failed:
             dropped[first.failed] += 1
+        elif len(first.spans) < turn:
+            dropped[OVER] += 1
         else:
             whole.append((first, int(turn), int(last)))
             resets.append(first.reset(turn).copy(stream=(stream, 1)))
@@ -206,19 +216,11 @@ def futures(starts, h, H, streams, policy, user, dropped):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def world(name):
-    """The embedded world that --policy, --user, --reward or --dataset names, a module like toy.py; else None."""
-    return toy if name == "toy" else None
-
-
 def checkpoint(name):
-    """A folder for a checkpoint; a world's own base policy is trained at its first use."""
-    if not world(name):
-        return find_checkpoint(name)
-    if rank() == 0:
-        world(name).build_policy()
-    barrier()
-    return world(name).FOLDER
+    """A folder for a checkpoint; a world's own base policy is made at its first use."""
+    if worlds.world_file(name):
+        name = on_rank_0(lambda: worlds.build_policy(name))
+    return find_checkpoint(name)
 
 
 def prepare(cfg, trains=True):
@@ -226,6 +228,8 @@ def prepare(cfg, trains=True):
 
     trains: False where a policy is only looked at or judged."""
     check_names(cfg)
+    if worlds.world_file(cfg.dataset) and len(set(told(worlds.prompts_hash(cfg.dataset)))) > 1:
+        raise BadInput(f"--dataset {cfg.dataset}: processes get different prompts from it: draw with a seed, and sort sets")
     for name in ("policy", "reference"):
         cfg = replace(cfg, **{name: checkpoint(getattr(cfg, name))})
         check_positions(getattr(cfg, name), cfg)
@@ -267,36 +271,44 @@ def check_room(starts, cfg, tokenizer):
 
 
 def check_names(cfg):
-    """What the flags' words tell by themselves: the cheapest look, before a checkpoint is downloaded."""
-    if world(cfg.user) and cfg.dataset != cfg.user:
-        raise BadInput(f"--user {cfg.user}: the toy's user knows nothing of --dataset {cfg.dataset}")
-    if world(cfg.reward) and cfg.dataset != cfg.reward:
-        raise BadInput(f"--reward {cfg.reward}: the toy's reward is 0 wherever --dataset {cfg.dataset} leads")
-    if cfg.user == "dataset" and world(cfg.dataset):
-        raise BadInput("--user dataset: the toy's data set holds no questions to come")
+    """What the flags' words tell by themselves, a world's file among them: the cheapest look, before a checkpoint is
+    downloaded."""
+    if worlds.world_file(cfg.dataset):
+        for split in ("train", "test"):
+            worlds.load_prompts(cfg.dataset, split)
+    for name, load in {"user": worlds.load_user, "reward": worlds.load_reward}.items():
+        path = getattr(cfg, name)
+        if not worlds.world_file(path):
+            continue
+        load(path)
+        if worlds.is_closed(path, f"--{name}") and cfg.dataset != path:
+            raise BadInput(f"--{name} {path}: it knows nothing of --dataset {cfg.dataset}, but only its own prompts")
+    if cfg.user == "dataset" and worlds.world_file(cfg.dataset) and not worlds.has_questions(cfg.dataset):
+        raise BadInput(f"--user dataset: --dataset {cfg.dataset} holds no questions to come: its secrets are no lists of "
+                       "texts")  # fmt: skip
     if "://" in cfg.user:
         users.user_server(cfg)
     for name in ("policy", "reference", "reward", "user"):
         path = getattr(cfg, name)
-        if os.path.isabs(path) and not os.path.isdir(path):
+        if os.path.isabs(path) and not os.path.isdir(path) and not worlds.world_file(path):
             raise BadInput(f"--{name}: no checkpoint at {path}")
 
 
 def check_cast(cfg):
     """Everything about --user and --reward that can be known before a model is loaded."""
     check_names(cfg)
-    if not world(cfg.user):
+    if not worlds.world_file(cfg.user):
         users.check_user(cfg)
-    if not world(cfg.reward):
+    if not worlds.world_file(cfg.reward):
         rewards.check_reward(cfg)
 
 
 def load_cast(cfg):
     """(the policy's engine, the user, the reward); the user first: a server that does not start is found at once."""
     check_cast(cfg)
-    user = world(cfg.user).Customer() if world(cfg.user) else users.load_user(cfg)
+    user = worlds.load_user(cfg.user) if worlds.world_file(cfg.user) else users.load_user(cfg)
     policy = load_engine(cfg.policy, cfg)
-    reward = world(cfg.reward).Reward() if world(cfg.reward) else rewards.load_reward(cfg)
+    reward = worlds.load_reward(cfg.reward) if worlds.world_file(cfg.reward) else rewards.load_reward(cfg)
     return policy, user, reward
 
 
@@ -307,17 +319,21 @@ def made_of(cfg):
     found = {"engine": engine_name(cfg)}
     for name in ("policy", "reference", "reward", "user"):
         path = getattr(cfg, name).removeprefix("serve:")
-        if not world(path) and "://" not in path and path != "dataset":
+        if worlds.world_file(path):
+            found[f"content of --{name}"] = worlds.fingerprint(path)
+        elif "://" not in path and path != "dataset":
             found[f"content of --{name}"] = fingerprint(find_checkpoint(path))
-    if not world(cfg.dataset):
+    if worlds.world_file(cfg.dataset):
+        found["prompts of --dataset"] = worlds.prompts_hash(cfg.dataset)
+    else:
         found["content of --dataset"] = data.fingerprint(cfg)
     return found | versions()
 
 
 def first_prompts(cfg, split, tokenizer):
     """The first prompts, as texts, of a split: "train" or "test"."""
-    if world(cfg.dataset):
-        return world(cfg.dataset).load_prompts(split)
+    if worlds.world_file(cfg.dataset):
+        return [data.Prompt(*pair) for pair in worlds.load_prompts(cfg.dataset, split)]
     return getattr(data.load_data(cfg, tokenizer), split)
 
 
@@ -326,7 +342,7 @@ def train_prompts(cfg, tokenizer, t):
     pool = first_prompts(cfg, "train", tokenizer)
     if cfg.num_prompts > len(pool):
         raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(pool)} training prompts")
-    return Made(lambda i: open_dialogue(tokenizer, pool[i]), data.draw("prompts", len(pool), cfg, t))
+    return Made(lambda i: open_dialogue(cfg, tokenizer, pool[i]), data.draw("prompts", len(pool), cfg, t))
 
 
 def test_prompts(cfg, tokenizer):
@@ -334,12 +350,12 @@ def test_prompts(cfg, tokenizer):
     pool = first_prompts(cfg, "test", tokenizer)
     if cfg.eval_dialogues > len(pool):
         raise BadInput(f"--eval-dialogues {cfg.eval_dialogues}: {cfg.dataset} has only {len(pool)} test prompts")
-    return [open_dialogue(tokenizer, p, (cfg.seed, "test", i)) for i, p in enumerate(pool[: cfg.eval_dialogues])]
+    return [open_dialogue(cfg, tokenizer, p, (cfg.seed, "test", i)) for i, p in enumerate(pool[: cfg.eval_dialogues])]
 
 
 def data_counts(cfg):
     """What a data set gave, and what was dropped of it by reason; None for a world's own prompts."""
-    if world(cfg.dataset):
+    if worlds.world_file(cfg.dataset):
         return None
     found = data.load_data(cfg, load_tokenizer(cfg.policy))
     return {"train": len(found.train), "test": len(found.test), "logged": len(found.logs), "dropped": found.dropped}
@@ -360,27 +376,30 @@ class Made:
         return self.make(self.keys[place])
 
 
-def open_dialogue(tokenizer, prompt, stream=(0,)):
-    return Dialogue.start(tokenizer, prompt.text, prompt.secret, stream, prompt.limit, prompt.system)
+def open_dialogue(cfg, tokenizer, prompt, stream=(0,)):
+    """s_1 of a prompt; a system prompt of the data's own goes before --system."""
+    system = prompt.system or cfg.system or None
+    return Dialogue.start(tokenizer, prompt.text, prompt.secret, stream, prompt.limit, system)
 
 
 def offline_prompts(cfg, tokenizer, t):
     """The same for the baselines that roll in by the data: finished dialogues, each with a second last answer."""
-    found = world(cfg.dataset)
-    logs = found.load_logs() if found else data.load_data(cfg, tokenizer).logs
+    found = worlds.world_file(cfg.dataset)
+    logs = worlds.load_logs(cfg.dataset) if found else data.load_data(cfg, tokenizer).logs
     if cfg.num_prompts > len(logs):
-        raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(logs)} dialogues")
-    return Made(lambda i: replay(tokenizer, logs[i]), data.draw("offline", len(logs), cfg, t))
+        raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(logs)} dialogues with a chosen and a "
+                       "rejected last answer")  # fmt: skip
+    return Made(lambda i: replay(cfg, tokenizer, logs[i]), data.draw("offline", len(logs), cfg, t))
 
 
-def replay(tokenizer, log):
+def replay(cfg, tokenizer, log):
     """A logged conversation as the policy would see it, with the canonical ids of its answers: (the conversation with
     the chosen last answer, the same with the rejected one)."""
 
     def canonical(text):
         return encode(tokenizer, "", text) + [end_token(tokenizer)]
 
-    first = Dialogue.start(tokenizer, log.questions[0], log.secret, system=log.system)
+    first = Dialogue.start(tokenizer, log.questions[0], log.secret, system=log.system or cfg.system or None)
     for answer, question in zip(log.answers, log.questions[1:], strict=True):
         first.add_answer(tokenizer, canonical(answer)).add_user(tokenizer, question)
     second = first.copy()
@@ -402,8 +421,9 @@ def longest(dialogues, cfg):
 
 def show(first, second, h, scores, tokenizer):
     """Both futures of one state as text: the prefix s_h, what of each is trained, and their rewards."""
-    lines = [f"h = {h} of H = {len(first.spans)}, prefix of {len(first.reset(h).ids)} tokens"]
-    for m in first.messages[: 2 * h - 1]:
+    H = max(len(first.spans), len(second.spans))
+    lines = [f"h = {h} of H = {H}, prefix of {len(first.reset(h).ids)} tokens"]
+    for m in first.conversation()[: len(first.conversation()) - len(first.messages) + 2 * h - 1]:
         lines.append(f"   {m['role']:10s} {m['content']}")
     for name, d, earned in zip(("y ", "y'"), (first, second), scores, strict=True):
         ids = d.answer(h)
@@ -417,9 +437,11 @@ def show(first, second, h, scores, tokenizer):
 
 def main(argv=None):
     with one_line("simulator.py"):
-        cfg, extra = read_config(argv, __doc__, show=dict(type=int, default=3))
+        cfg, extra = read_config(argv, __doc__, show=dict(type=int, default=3, metavar="N", help="pairs [3]"))
         start_processes()
-        cfg = prepare(replace(cfg, reference=cfg.policy, num_prompts=extra["show"]))
+        if extra["show"] < 1:
+            raise BadInput(f"--show must be positive, not {extra['show']}")
+        cfg = prepare(replace(cfg, reference=cfg.policy, num_prompts=extra["show"], eval_dialogues=1))
         policy, user, reward = load_cast(cfg)
         rng, dropped = np.random.default_rng(cfg.seed), Counter()
         starts = train_prompts(cfg, policy.tokenizer, 1)
@@ -428,6 +450,8 @@ def main(argv=None):
         found = futures(starts, h, H, rng.integers(2**62, size=len(starts)).tolist(), policy, user, dropped)
         if not found:
             raise BadInput(f"no dialogue is left of {cfg.num_prompts} prompts: {dict(dropped)}")
+        if dropped:
+            print(f"of {cfg.num_prompts} prompts these gave no pair: {dict(dropped)}\n")
         for first, second, turn in found:
             print(show(first, second, turn, score(reward, [first, second]), policy.tokenizer), end="\n\n")
 

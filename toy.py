@@ -25,10 +25,9 @@ import re
 import torch
 from tqdm import tqdm
 
-from machinery import plan
 from machinery.data import Logged, Prompt
 from machinery.files import read_json, write_folder
-from machinery.settings import seed_for
+from machinery.settings import SETTINGS, seed_for
 
 WISHES = {
     "size": ("tiny", "small", "medium", "large"),
@@ -193,8 +192,8 @@ def make_tokenizer():
 
 
 RECIPE = dict(steps=350, batch=32, lr=3e-3, turns=5, uses=0.95, remembers=0.75, asks=0.5, hidden=96, layers=3, seed=0)
-SHAPE = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3, head_dim=32, vocab_size=40)
-plan.KNOWN["toy"] = SHAPE  # so that --plan needs no base policy
+SHAPE = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3, head_dim=32,
+             vocab_size=40)  # so that --plan needs no base policy
 
 
 def build_policy():
@@ -202,6 +201,7 @@ def build_policy():
     path = os.path.join(FOLDER, "recipe.json")
     if not os.path.exists(path) or read_json(path) != RECIPE:
         base_policy(FOLDER)
+    return FOLDER
 
 
 def base_policy(folder, recipe=RECIPE):
@@ -271,3 +271,16 @@ def with_labels(rows, tokenizer):
                 labels_BT[i, t] = token
             answering = token == begin or (answering and token != end)
     return ids_BT, labels_BT
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What `--world toy.py` and `--setting toy` ask for by name, as of any world's file (docs/world.md); build_policy is above
+# ---------------------------------------------------------------------------------------------------------------
+
+User, reward = Customer, Reward()
+DEFAULTS = SETTINGS["toy"]
+CLOSED = True  # its customers know nothing of other openings, and its reward is 0 wherever they lead
+
+
+def prompts(split):
+    return [(prompt.text, prompt.secret) for prompt in load_prompts(split)]

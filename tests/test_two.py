@@ -186,7 +186,7 @@ def test_lt_online_too_has_as_many_turns_as_the_data_has_questions(cfg):
 def test_dialogues_of_many_lengths_are_judged_as_wholes():
     a = [dialogue("9", "a long answer 5"), dialogue("2"), dialogue("1", "1", "7")]
     b = [dialogue("0", "9"), dialogue("2"), dialogue("1", "1", "6")]
-    row = evaluate.summary(a, b, evaluate.by_reward(last_number), last_number, at_end=True)
+    row = evaluate.summary(a, b, evaluate.by_reward(last_number), last_number, turns=0)
     assert row["win"] == [50.0] and row["avg"] == 50.0 and row["reward"] == [pytest.approx(14 / 3, abs=1e-4)]
     assert row["length"] == [pytest.approx(np.mean([5 / 2, 1, 1]), abs=1e-4)]
     assert report.table({"base": row}).splitlines()[0] == "| win rate, % | whole dialogue | average |"
