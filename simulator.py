@@ -342,7 +342,7 @@ def train_prompts(cfg, tokenizer, t):
     pool = first_prompts(cfg, "train", tokenizer)
     if cfg.num_prompts > len(pool):
         raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(pool)} training prompts")
-    return Made(lambda i: open_dialogue(cfg, tokenizer, pool[i]), data.draw("prompts", len(pool), cfg, t))
+    return Made(lambda i: open_dialogue(tokenizer, pool[i], system=cfg.system), data.draw("prompts", len(pool), cfg, t))
 
 
 def test_prompts(cfg, tokenizer):
@@ -350,7 +350,10 @@ def test_prompts(cfg, tokenizer):
     pool = first_prompts(cfg, "test", tokenizer)
     if cfg.eval_dialogues > len(pool):
         raise BadInput(f"--eval-dialogues {cfg.eval_dialogues}: {cfg.dataset} has only {len(pool)} test prompts")
-    return [open_dialogue(cfg, tokenizer, p, (cfg.seed, "test", i)) for i, p in enumerate(pool[: cfg.eval_dialogues])]
+    dialogues = []
+    for i, prompt in enumerate(pool[: cfg.eval_dialogues]):
+        dialogues.append(open_dialogue(tokenizer, prompt, (cfg.seed, "test", i), cfg.system))
+    return dialogues
 
 
 def data_counts(cfg):
@@ -376,10 +379,9 @@ class Made:
         return self.make(self.keys[place])
 
 
-def open_dialogue(cfg, tokenizer, prompt, stream=(0,)):
-    """s_1 of a prompt; a system prompt of the data's own goes before --system."""
-    system = prompt.system or cfg.system or None
-    return Dialogue.start(tokenizer, prompt.text, prompt.secret, stream, prompt.limit, system)
+def open_dialogue(tokenizer, prompt, stream=(0,), system=""):
+    """s_1 of a prompt; the data's own system prompt takes the place of `system`, which is --system."""
+    return Dialogue.start(tokenizer, prompt.text, prompt.secret, stream, prompt.limit, prompt.system or system or None)
 
 
 def offline_prompts(cfg, tokenizer, t):
@@ -389,17 +391,17 @@ def offline_prompts(cfg, tokenizer, t):
     if cfg.num_prompts > len(logs):
         raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(logs)} dialogues with a chosen and a "
                        "rejected last answer")  # fmt: skip
-    return Made(lambda i: replay(cfg, tokenizer, logs[i]), data.draw("offline", len(logs), cfg, t))
+    return Made(lambda i: replay(tokenizer, logs[i], cfg.system), data.draw("offline", len(logs), cfg, t))
 
 
-def replay(cfg, tokenizer, log):
+def replay(tokenizer, log, system=""):
     """A logged conversation as the policy would see it, with the canonical ids of its answers: (the conversation with
     the chosen last answer, the same with the rejected one)."""
 
     def canonical(text):
         return encode(tokenizer, "", text) + [end_token(tokenizer)]
 
-    first = Dialogue.start(tokenizer, log.questions[0], log.secret, system=log.system or cfg.system or None)
+    first = Dialogue.start(tokenizer, log.questions[0], log.secret, system=log.system or system or None)
     for answer, question in zip(log.answers, log.questions[1:], strict=True):
         first.add_answer(tokenizer, canonical(answer)).add_user(tokenizer, question)
     second = first.copy()

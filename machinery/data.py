@@ -3,7 +3,10 @@
     trajectory, chosen, rejected      UltraInteract_pair: a list of messages, and two answers to the last of them
     chosen, rejected                  Anthropic-HH: two conversations, as text with its marks or as lists of messages
     prompt, chosen, rejected          a text or a list of messages, and two answers, each a text or a list of one message
+    prompt                            a text or a list of messages; a file may also be a list of texts, or have one a line
+    messages (or conversations)       a conversation
 
+The last two are enough where the user is not the data set; other columns, such as TRL's completion, are not read.
 Sections 4.2 and 4.3, appendix C.4, Table 5. Dialogues are made of them in simulator.py.
 """
 import functools
@@ -42,8 +45,8 @@ class Logged(NamedTuple):
 
     questions: tuple
     answers: tuple
-    chosen: str
-    rejected: str | None  # None where the data's second conversation has another history
+    chosen: str | None  # None where the data has no answer to x_H
+    rejected: str | None  # None where it has no second one, or one with another history
     secret: Any = None
     system: str | None = None
 
@@ -220,6 +223,8 @@ def logged(row):
     try:
         if "trajectory" in row:
             history, chosen, rejected = turns_of(row["trajectory"]), row["chosen"], row["rejected"]
+        elif only_opens(row):
+            history, chosen, rejected = opened(row), None, None
         else:
             *history, (role, chosen) = conversation(row, row["chosen"])
             *other, (other_role, rejected) = conversation(row, row["rejected"])
@@ -237,8 +242,9 @@ def logged(row):
     try:
         texts = [checked(text) for _, text in history]
         rejected = rejected and checked(rejected)
+        chosen = None if only_opens(row) else checked(chosen)
         system = system and checked(system)
-        return Logged(tuple(texts[::2]), tuple(texts[1::2]), checked(chosen), rejected, texts[2::2], system)
+        return Logged(tuple(texts[::2]), tuple(texts[1::2]), chosen, rejected, texts[2::2], system)
     except BadInput:
         return "an empty turn"
 
@@ -246,7 +252,10 @@ def logged(row):
 def first_question(row):
     """The text of a dropped row's first user turn, as a list that is empty where there is none."""
     try:
-        turns = turns_of(row["trajectory"]) if "trajectory" in row else conversation(row, row["chosen"])
+        if "trajectory" in row:
+            turns = turns_of(row["trajectory"])
+        else:
+            turns = opened(row) if only_opens(row) else conversation(row, row["chosen"])
         return [checked(next(text for role, text in turns if role == "user"))]
     except (ValueError, TypeError, KeyError, StopIteration):  # BadInput, of an empty turn, is a ValueError
         return []
@@ -257,15 +266,31 @@ def conversation(row, answer):
     prompt = row.get("prompt")
     if prompt is None or is_whole(row["chosen"]) and is_whole(row["rejected"]):
         return turns_of(answer)
-    if not isinstance(prompt, str):
-        turns = turns_of(prompt)
-    elif is_whole(prompt) and prompt.rstrip().endswith("\n\nAssistant:"):  # HH's marks, up to where the answer begins
-        turns = turns_of(prompt)[:-1]
-    else:
-        turns = [("user", prompt)]
+    turns = prompt_turns(prompt)
     if isinstance(answer, list) and answer:
         return turns + turns_of(answer)
     return [*turns, ("assistant", answer if answer else None)]
+
+
+def prompt_turns(prompt):
+    """[(role, text)] of a prompt: a list of messages, a text with HH's marks up to where the answer begins, or a text."""
+    if not isinstance(prompt, str):
+        return turns_of(prompt)
+    if is_whole(prompt) and prompt.rstrip().endswith("\n\nAssistant:"):
+        return turns_of(prompt)[:-1]
+    return [("user", prompt)]
+
+
+def only_opens(row):
+    """Whether a row has no two answers, as those of the other forms do."""
+    return not row.keys() & {"trajectory", "chosen", "rejected"}
+
+
+def opened(row):
+    """[(role, text)] up to the last user's turn, of a row that has no two answers to it."""
+    whole = row.get("messages") or row.get("conversations")
+    turns = turns_of(whole) if whole else prompt_turns(row["prompt"])
+    return turns[:-1] if turns and turns[-1][0] == "assistant" else turns
 
 
 def is_whole(value):
@@ -331,7 +356,7 @@ def too_long(tokenizer, new, fixed, max_turns, longest):
         return [(text, caps[0] - (more if h else first)) for h, text in enumerate(log.questions)]
 
     def answers(log, caps):
-        return [(text, caps[1]) for text in (*log.answers, log.chosen)]
+        return [(text, caps[1]) for text in (*log.answers, log.chosen) if text is not None]
 
     drop("question too long", questions)
     drop("answer too long", answers)  # of what is left: an answer costs most to tokenise

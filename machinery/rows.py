@@ -23,7 +23,8 @@ TEST, VALIDATION, TRAIN = range(3)
 PARTS = ["test", "validation", "training"]
 PART_WORDS = {"train": TRAIN, "training": TRAIN, "test": TEST, "testing": TEST, "eval": TEST, "evaluation": TEST,
               "validation": VALIDATION, "valid": VALIDATION, "val": VALIDATION, "dev": VALIDATION}  # fmt: skip
-COLUMNS = ("trajectory", "prompt", "chosen", "rejected")
+COLUMNS = ("trajectory", "prompt", "messages", "conversations", "chosen", "rejected")
+OPENINGS = {"prompt", "messages", "conversations"}  # columns that say how a conversation begins without two answers to it
 KINDS = [(".parquet",), (".json", ".jsonl", ".ndjson"), (".csv", ".tsv"), (".arrow",)]  # a folder's first is read
 PACKED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".xz": "xz"}
 DESCRIPTIONS = {"config.json", "dataset_infos.json"}  # json files that are no data
@@ -34,20 +35,21 @@ def data_rows(name):
 
     Local files are read here and not by the library: it looks for patterns in their names, and it keeps what it has
     read under a file's name and time, and then gives old rows for a new file."""
-    missing, size = {"chosen", "rejected"}, 0
+    missing, size = COLUMNS, 0
     for part, place, read in sources(name):
         try:
             for row in read():
                 size += 1
                 if missing:
-                    missing -= row.keys()
+                    missing = [column for column in missing if column not in row]
                 yield part, row
         except file_errors() as error:
             raise unreadable(name, place, error) from None
     if not size:
         raise BadInput(f"--dataset {name} cannot be read: it holds no rows")
-    if missing:
-        raise BadInput(f"--dataset {name} has no column {' and no column '.join(sorted(missing))}")
+    pair = [column for column in ("chosen", "rejected") if column in missing]
+    if pair and OPENINGS <= set(missing):
+        raise BadInput(f"--dataset {name} has no column {' and no column '.join(pair)}, nor prompt or messages")
 
 
 def sources(name):
@@ -106,8 +108,14 @@ def library(name, path, kind):
     return parts if isinstance(parts, dict) else {"": parts}
 
 
+def wanted(names):
+    """The columns that are read: two answers and what is before them, or else how a conversation begins."""
+    found = [column for column in COLUMNS if column in names]
+    return [column for column in found if column not in ("messages", "conversations") or "chosen" not in found]
+
+
 def dataset_rows(dataset):
-    columns = [column for column in COLUMNS if column in dataset.column_names]
+    columns = wanted(dataset.column_names)
     if not columns:
         yield from ({} for _ in range(len(dataset)))
         return
@@ -175,7 +183,7 @@ def parquet_rows(stream):
     import pyarrow.parquet
 
     file = pyarrow.parquet.ParquetFile(stream, pre_buffer=False)
-    columns = [column for column in COLUMNS if column in file.schema_arrow.names]
+    columns = wanted(file.schema_arrow.names)
     for batch in file.iter_batches(batch_size=1000, columns=columns):
         yield from batch.to_pylist() if columns else ({} for _ in range(batch.num_rows))
 
@@ -190,7 +198,7 @@ def arrow_rows(stream):
         file = pyarrow.ipc.open_file(stream)
         batches = (file.get_batch(i) for i in range(file.num_record_batches))
     for batch in batches:
-        columns = [column for column in COLUMNS if column in batch.schema.names]
+        columns = wanted(batch.schema.names)
         yield from batch.select(columns).to_pylist() if columns else ({} for _ in range(batch.num_rows))
 
 
@@ -209,7 +217,7 @@ def csv_rows(stream, delimiter):
 
 
 def json_rows(stream):
-    """Objects of a json file: one a line, or a list of them, or one that goes over several lines."""
+    """Objects of a json file: one a line, or a list of them, or one that goes over several lines. A text is a prompt."""
     size = 0
     for number, line in enumerate(stream, 1):
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -221,9 +229,10 @@ def json_rows(stream):
             if size:
                 raise ValueError(f"line {number} is not JSON, {error.msg}") from None
             value = json.loads(text + stream.read().decode())
-        if not isinstance(value, (dict, list)):
+        if not isinstance(value, (dict, list, str)):
             raise ValueError(f"line {number} holds no JSON object")
         for row in value if isinstance(value, list) else [value]:
+            row = {"prompt": row} if isinstance(row, str) else row
             size += bool(row)
             yield row if isinstance(row, dict) else {}
     if not size:

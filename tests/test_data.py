@@ -97,6 +97,40 @@ def test_a_row_that_a_dialogue_cannot_carry_is_dropped_for_a_reason(row, why):
     assert data.logged(row) == why
 
 
+SYSTEM = [said("system", "be kind")]
+TALK = [said("user", "q {}"), said("assistant", "a"), said("user", "then?")]
+FORMS = {  # how people keep prompts; TRL's names: the first two are its prompt-only type, standard and conversational
+    "a text": "q {}", "prompt": {"prompt": "q {}"}, "prompt of messages": {"prompt": [*SYSTEM, said("user", "q {}")]},
+    "prompt and completion": {"prompt": "q {}", "completion": "a"}, "unpaired": {"prompt": "q {}", "completion": "a", "label": True},
+    "messages": {"messages": [*SYSTEM, *TALK, said("assistant", "b")]}, "messages that end with the user": {"messages": TALK},
+    "prompt beside messages": {"prompt": "q {}", "messages": TALK},
+    "conversations": {"conversations": [{"from": "human", "value": "q {}"}, {"from": "gpt", "value": "a"}]},
+    "explicit": {"prompt": "q {}", "chosen": "a", "rejected": "b"},
+    "implicit": {"chosen": [*TALK, said("assistant", "a")], "rejected": [*TALK, said("assistant", "b")]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_prompts_without_two_answers_are_prompts_and_no_logs(name, read, tmp_path):
+    form = json.dumps(FORMS[name])
+    rows = [json.loads(form.replace("{}", str(i))) for i in range(10)]
+    found = read(write(tmp_path / "data.jsonl", rows))
+    prompts = found.train + found.test
+    assert texts(prompts) == {f"q {i}" for i in range(10)} and len(prompts) == 10 and not found.dropped
+    assert {p.system for p in prompts} == {"be kind" if "be kind" in form else None}
+    assert len(found.logs) == (8 if "rejected" in form else 0)
+    asked = read(tmp_path / "data.jsonl", fixed=True).train  # with --user dataset
+    assert all(p.secret == (["then?"] if "then?" in form else []) for p in asked)
+    if name != "a text":
+        import datasets
+
+        datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "data.parquet"))
+        assert read(tmp_path / "data.parquet")[:2] == found[:2]
+    else:
+        (tmp_path / "data.json").write_text(json.dumps(rows))
+        assert read(tmp_path / "data.json")[:2] == found[:2]
+
+
 def test_an_answer_that_is_missing_leaves_a_prompt_without_a_log(read, tmp_path):
     rows = [{"prompt": f"q {i}", "chosen": "good", "rejected": None} for i in range(10)]
     found = read(write(tmp_path / "data.jsonl", rows))
@@ -467,7 +501,7 @@ CUT = {"a.jsonl.gz": gzip.compress(lines(ROWS))[:-20], "a.jsonl.xz": lzma.compre
        "a.csv": CSV + b'q,good,"bad', "b.csv": CSV + b"q,good,bad\nq,go"}  # fmt: skip
 WRONG = {  # file: content, a word of the line
     "a.csv": (b"", "holds no rows"), "b.csv": (CSV, "holds no rows"), "c.csv": (CSV + "q,\xe9,b\n".encode("latin-1"), "not UTF-8"),
-    "d.csv": (CSV + b"a,b,c,d\n", "as many fields"), "e.csv": (b"a,b\n1,2\n", "no column chosen"),
+    "d.csv": (CSV + b"a,b,c,d\n", "as many fields"), "e.csv": (b"a,b\n1,2\n", "no column chosen and no column rejected, nor prompt"),
     "a.jsonl": (lines(ROWS) + b"\0" * 100, "line 21"), "b.jsonl": ("\ufeff".join("ab").encode("utf-16"), "not UTF-8"),
     "c.jsonl": (b"\n" * 9, "holds no rows"), "d.jsonl.gz": (lines(ROWS), "cannot be read"), "e.jsonl.zst": (b"", "cannot be read"),
     "f.jsonl.zst": (lines(ROWS), "cannot be read"), "g.jsonl.xz": (lines(ROWS), "cannot be read"), "a.arrow": (b"ARROW1", "cannot be read"),
