@@ -9,6 +9,7 @@ from functools import partial
 sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 
 from helpers import collected, random_pairs
+from usage import arguments
 import simulator
 from machinery import ranks  # first: it sets what torch reads when it is imported
 
@@ -76,7 +77,7 @@ def numbers(base, out):
 
 
 if __name__ == "__main__":
-    base, out = sys.argv[1:]
+    base, out = arguments(__doc__, base={}, out={})
     ranks.start_processes()
     found = numbers(base, out)
     with open(os.path.join(out, f"found_{world()}_{rank()}.json"), "w") as file:

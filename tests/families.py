@@ -26,6 +26,7 @@ from machinery.fsdp import load_policy  # noqa: E402
 from machinery.logps import pair_logps  # noqa: E402
 from machinery.ranks import barrier, rank, start_processes, told  # noqa: E402
 from refuel import Pair  # noqa: E402
+from usage import arguments  # noqa: E402
 
 WINDOW = 8  # tokens, where a family has one
 LARGEST = 30e6  # parameters of what is still called tiny
@@ -164,4 +165,4 @@ def main(names):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*arguments(__doc__, names=dict(nargs="*", metavar="FAMILY")))

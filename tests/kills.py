@@ -12,6 +12,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from usage import REST, arguments
 from machinery import ranks  # noqa: F401  (first: it sets what torch reads when it is imported)
 
 import matplotlib.pyplot  # noqa: F401  (imported here so that no attempt has to)
@@ -82,7 +83,7 @@ def attempt(how, argv, seen):
 
 
 if __name__ == "__main__":
-    how, out, *flags = sys.argv[1:]
+    how, out, flags = arguments(__doc__, how=dict(choices=["kill", "full"]), out={}, flags=dict(nargs=REST))
     seen, stops = f"{out}.seen", 0
     open(seen, "w").close()
     expected = signal.SIGKILL if how == "kill" else 2 << 8

@@ -12,6 +12,8 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
 
+from usage import arguments  # noqa: E402
+
 
 class Peak(threading.Thread):
     """RssAnon of this process, and its maximum since the last `read`."""
@@ -77,7 +79,7 @@ def main():
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
+    if arguments(__doc__, ranks=dict(type=int), folder=dict(nargs="?", help="of the processes it starts"))[1] is None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         with tempfile.TemporaryDirectory() as folder:

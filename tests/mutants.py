@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from usage import arguments
+
 THEORY = Path(__file__).resolve().parent.parent / "theory"
 T, C = "tabular", "check_props"
 
@@ -316,4 +318,4 @@ def main(part=""):
 
 if __name__ == "__main__":
     sys.path[:0] = [str(THEORY), str(THEORY.parent), str(Path(__file__).parent)]
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(*arguments(__doc__, part=dict(nargs="?", default=""))))

@@ -18,6 +18,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path[:0] = [HERE, ROOT]
 
+from usage import arguments  # noqa: E402
+
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
@@ -136,5 +138,5 @@ def main(out, names):
 
 
 if __name__ == "__main__":
-    mode, *rest = sys.argv[1:]
+    mode, rest = arguments(__doc__, out={}, ends=dict(nargs="*", metavar="END"))
     {"fake": lambda: fake(int(rest[0])), "rank": lambda: one_rank(rest[0])}.get(mode, lambda: main(mode, rest))()

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceCl
 
 from machinery import files
 from machinery import rewards
+from usage import arguments
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHAREGPT = os.path.join("data", "ShareGPT_V3_unfiltered_cleaned_split.json")
@@ -125,7 +126,7 @@ def save_reward(path, policy, talks):
     tokenizer.save_pretrained(path)
 
 
-def main(out=os.path.join("runs", "small")):
+def main(out):
     os.makedirs(out, exist_ok=True)
     policy, reward = os.path.join(out, "policy"), os.path.join(out, "reward")
     talks = conversations()
@@ -137,4 +138,4 @@ def main(out=os.path.join("runs", "small")):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*arguments(__doc__, out=dict(nargs="?", default=os.path.join("runs", "small"))))

@@ -18,6 +18,8 @@ import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from usage import REST, arguments
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 PHASES = ["base policy", "roll-in", "roll-out", "rewards", "log-probs", "training", "saving", "evaluation"]
 MOMENTS = {"rewards": 0.02, "log-probs": 0.02, "saving": 0.02, "training": 0.1}  # seconds into a short phase
@@ -246,9 +248,10 @@ def main(out, ranks=1, kills=20, seed=0):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "serve":
-        serve(int(sys.argv[2]))
-    elif sys.argv[1] == "run":
-        run(sys.argv[2:])
+    what, rest = arguments(__doc__, out={}, more=dict(nargs=REST, metavar="[1|2] [KILLS] [SEED]"))
+    if what == "serve":
+        serve(int(rest[0]))
+    elif what == "run":
+        run(rest)
     else:
-        sys.exit(main(os.path.abspath(sys.argv[1]), *map(int, sys.argv[2:])))
+        sys.exit(main(os.path.abspath(what), *map(int, rest)))

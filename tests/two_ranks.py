@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 from helpers import collected, random_pairs, with_logps
+from usage import REST, arguments
 import simulator
 from machinery import ranks  # first: it sets what torch reads when it is imported
 
@@ -50,7 +51,7 @@ def results(base, cfg):
 if __name__ == "__main__":
     from safetensors.torch import save_file
 
-    base, out, *more = sys.argv[1:]
+    base, out, more = arguments(__doc__, base={}, out={}, flags=dict(nargs=REST))
     flags = f"--setting toy --policy {base} --batch-size 8 --micro-tokens 128 --lr 1e-3 --eta 1 --out {out}"
     flags += " --num-prompts 40 --wave 8 --engine transformers"
     cfg = refuel.read_config([*flags.split(), *more])
