@@ -244,9 +244,11 @@ def read_config(argv, description=None, **more):
     if is_hh(given.get("dataset", "")):
         values |= HH.get(setting, {})
     values |= given
+    values["policy"] = values["policy"] or values["reference"]
     for name in ("policy", "user", "reward", "dataset"):
         if not values[name]:
-            raise BadInput(f"--{name} is missing: {field_comments()[name]}")
+            other = " (of evaluate.py: --reference)" if name == "policy" else ""
+            raise BadInput(f"--{name}{other} is missing: {field_comments()[name]}")
     cfg = Config(setting=setting, **values)
     check(cfg)
     return (cfg, extra | {"given": frozenset(given)}) if more else cfg

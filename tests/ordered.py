@@ -24,7 +24,7 @@ import refuel  # noqa: E402  (first: it sets what torch reads)
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from machinery.ranks import start_processes  # noqa: E402
+from machinery.ranks import one_line, start_processes  # noqa: E402
 from machinery.report import markdown  # noqa: E402
 from machinery.seams import ask, score  # noqa: E402
 from simulator import futures, load_cast, prepare, rollout, train_prompts  # noqa: E402
@@ -135,4 +135,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("ordered.py"):
+        main()
