@@ -30,7 +30,7 @@ from machinery.report import markdown, methods_figure, methods_table
 from machinery.run import open_folder
 from machinery.settings import read_config
 from refuel import from_the_start, refuel_loss
-from simulator import load_cast, made_of, offline_prompts, prepare, train_prompts
+from simulator import hybrid_prompts, load_cast, made_of, offline_prompts, prepare, train_prompts
 
 # ---------------------------------------------------------------------------------------------------------------
 # Losses: of (logp_2B, old_logp_2B, reward_2B, eta), the mean over B pairs
@@ -46,24 +46,20 @@ def dpo_loss(logp_2B, old_logp_2B, reward_2B, beta):
     return -F.logsigmoid(beta * sign_B * (log_ratio_2B[0] - log_ratio_2B[1])).mean()
 
 
-def dpo_at(logp_2B, old_logp_2B, reward_2B, eta):
-    """Both KL-regularised problems are one: DPO's beta is 1 / eta of Eq. 2, so one flag serves every row."""
-    return dpo_loss(logp_2B, old_logp_2B, reward_2B, 1 / eta)
-
-
 def rloo_loss(logp_2B, old_logp_2B, reward_2B, eta):
     """REINFORCE leave-one-out with two responses: each one's baseline is the other's return.
 
     At pi = pi_t the gradient is RLOO's, -1/2 sum_i (r_i - r_j) grad ln pi(y_i). An iteration takes many steps on one
-    data set, so later steps are off-policy: the ratio pi/pi_t corrects them, clipped as PPO does, at 0.2. The
-    camera-ready names RLOO rows without saying how; eta is not used."""
+    data set; in later ones the ratio pi/pi_t corrects for it, unclipped, as RLOO has no clip (PPO's, at 0.2 of a whole
+    response's ratio, silences most pairs after a few steps). The camera-ready names RLOO rows without saying how; eta
+    is not used."""
     ratio_2B = (logp_2B - old_logp_2B).exp()
     advantage_2B = (reward_2B - reward_2B.flip(0)).to(ratio_2B.dtype)
-    return -torch.minimum(ratio_2B * advantage_2B, ratio_2B.clamp(0.8, 1.2) * advantage_2B).mean()
+    return -(ratio_2B * advantage_2B).mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Roll-ins: (where the first roll-out begins, h, H). Offline prompts are (dialogue, same with another last answer)
+# Roll-ins: (where the first roll-out begins, h, H). Offline prompts are finished dialogues
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -75,24 +71,36 @@ def online_last(prompts, cfg, rng):
 
 def offline_last(prompts, cfg, rng):
     """LT-MIXED: s_H from the data, both responses the policy's."""
-    H = np.array([len(d.spans) for d, _ in prompts])
-    return [d.reset(n) for (d, _), n in zip(prompts, H)], H, H
+    H = np.array([len(d.spans) for d in prompts])
+    return [d.reset(n) for d, n in zip(prompts, H)], H, H
 
 
 def offline_uniform(prompts, cfg, rng):
     """MT-MIXED: s_h from the data, h ~ U(H), both roll-outs the policy's with the user."""
-    H = np.array([len(d.spans) for d, _ in prompts])
+    H = np.array([len(d.spans) for d in prompts])
     h = rng.integers(1, H + 1)
-    return [d.reset(n) for (d, _), n in zip(prompts, h)], h, H
+    return [d.reset(n) for d, n in zip(prompts, h)], h, H
+
+
+def hybrid(prompts, cfg, rng):
+    """REFUEL with a share of MT-MIXED's roll-ins, which the paper calls straightforward: finished dialogues among the
+    prompts are reset as in MT-MIXED, the others begin at s_1."""
+    starts, h, H = from_the_start(prompts, cfg, rng)
+    by_data = [place for place, d in enumerate(prompts) if d.spans]
+    if by_data:
+        resets, h[by_data], H[by_data] = offline_uniform([prompts[place] for place in by_data], cfg, rng)
+        resets = dict(zip(by_data, resets))
+        starts = [resets.get(place, d) for place, d in enumerate(starts)]
+    return starts, h, H
 
 
 def collect_offline(prompts, policy, user, reward, cfg, rng, dropped):
-    """LT-OFFLINE: s_H and both responses from the data; nobody speaks."""
+    """LT-OFFLINE: s_H and both responses from the data; nobody speaks. prompts: (dialogue, same with another answer)."""
     return refuel.make_pairs([(d, d2, len(d.spans)) for d, d2 in prompts], reward, cfg.max_dialogue, dropped)
 
 
 class Method(NamedTuple):
-    prefix: str  # offline or online: who rolled in
+    prefix: str  # offline, online or hybrid: who rolled in
     turn: str  # last, or uniform in 1..H
     responses: str  # offline: the data's two answers; online: two of the policy's
     loss: Callable
@@ -105,37 +113,43 @@ DATA = {
     "mt-mixed": ("offline", "uniform", "online"),
     "refuel": ("online", "uniform", "online"),
 }
-LOSSES = {"dpo": dpo_at, "rebel": refuel_loss, "rloo": rloo_loss}
+LOSSES = {"dpo": dpo_loss, "rebel": refuel_loss, "rloo": rloo_loss}
 # REBEL's loss is Eq. 1 on other data, so rebel-refuel is REFUEL. dpo-refuel and rloo-refuel are not in the paper: they
 # tell what is due to the data from what is due to the loss.
 METHODS = {f"{loss}-{data}": Method(*DATA[data], LOSSES[loss]) for loss in LOSSES for data in DATA}
 METHODS["refuel"] = METHODS.pop("rebel-refuel")
+METHODS["refuel-hybrid"] = Method("hybrid", "uniform", "online", refuel_loss)
 
 ROLL_INS = {
     ("online", "uniform"): from_the_start,
     ("online", "last"): online_last,
     ("offline", "last"): offline_last,
     ("offline", "uniform"): offline_uniform,
+    ("hybrid", "uniform"): hybrid,
 }
+PROMPTS = {"online": train_prompts, "offline": offline_prompts, "hybrid": hybrid_prompts}
 
 
 def train(method, cfg, cast=None):
     """refuel.train with the row's prompts, roll-in and loss."""
     row = METHODS[method]
-    prompts_of = train_prompts if row.prefix == "online" else offline_prompts
     if row.responses == "offline":
-        collect = collect_offline
+        prompts_of, collect = partial(offline_prompts, twice=True), collect_offline
     else:
-        collect = partial(refuel.collect, roll_in=ROLL_INS[row.prefix, row.turn])
-    return refuel.train(cfg, cast, prompts_of, collect, row.loss)
+        prompts_of, collect = PROMPTS[row.prefix], partial(refuel.collect, roll_in=ROLL_INS[row.prefix, row.turn])
+
+    def loss_fn(logp_2B, old_logp_2B, reward_2B, eta):
+        return row.loss(logp_2B, old_logp_2B, reward_2B, cfg.beta if row.loss is dpo_loss else eta)
+
+    return refuel.train(cfg, cast, prompts_of, collect, loss_fn)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Table 1
 # ---------------------------------------------------------------------------------------------------------------
 
-# Each row's own better eta of 10 and 30, found with the same budget for all (docs/baselines.md); else the setting's own
-BEST = {"toy": dict.fromkeys(("rebel-lt-offline", "dpo-lt-offline", "dpo-lt-online"), {"eta": 10.0})}
+# Each row's own best of three values, found with the same budget on validation customers (docs/baselines.md)
+BEST = {"toy": {}}
 SNAPSHOTS = {"toy": 32}  # steps between the points of Figure 2
 PAPER = {  # Table 1: h = 1..5, average
     "dpo-lt-offline": (51.2, 46.8, 42.6, 41.4, 46.8, 45.76),
@@ -231,7 +245,7 @@ def choose(text):
     """The methods that --method names: all, a row, a loss (all its rows), or several of these with commas."""
     chosen = []
     for name in text.split(","):
-        found = [m for m in METHODS if name in ("all", m, m.split("-")[0])]
+        found = [m for m in METHODS if name in ("all", m) or name in LOSSES and m.startswith(f"{name}-")]
         if not found:
             raise BadInput(f"--method is all, {', '.join(LOSSES)} or one of {', '.join(METHODS)}, not {name}")
         chosen += [m for m in found if m not in chosen]
@@ -275,7 +289,7 @@ def report(results, curve, paired, out):
     files.write_file(os.path.join(out, "table.md"), text)
     files.write_file(os.path.join(out, "results.json"), json.dumps(results, indent=1))
     files.write_file(os.path.join(out, "curve.json"), json.dumps(curve))
-    methods_figure(results, curve, figure, order=list(DATA))
+    methods_figure(results, curve, figure, order=[*DATA, "hybrid"])
     print(f"\n{text}\n{figure}", flush=True)
 
 

@@ -189,7 +189,8 @@ def kl_to_reference(paths, played, cfg):
 
 
 PLAYED_WITH = ("setting", "user", "user_model", "user_temperature", "user_tokens", "dataset", "seed",
-               "max_turns", "max_new_tokens", "max_length", "temperature", "eval_wave", "eval_dialogues")  # fmt: skip
+               "max_turns", "max_new_tokens", "max_length", "temperature", "eval_wave", "eval_dialogues", "eval_split",
+               "eval_temperature")  # fmt: skip
 
 
 def claim(folder, paths, cfg):
@@ -238,6 +239,8 @@ def play(file, path, prompts, policy, user, cfg):
             prompts = [Dialogue.start(policy.tokenizer, p.messages[0]["content"], p.secret, p.stream, p.limit, p.system)
                        for p in prompts]  # fmt: skip
 
+    policy.temperature = cfg.eval_temperature or cfg.temperature
+
     def wave(rows, _):
         dialogues = rollout(rows, policy, user, simulator.longest(rows, cfg))
         check_failures(sum(d.failed == "user" for d in dialogues), len(rows), cfg)
@@ -278,7 +281,9 @@ def evaluate(policies, folder, policy, user, reward, cfg, judge=None, kl=True):
         played[name] = play(os.path.join(folder, "eval", f"{name}.jsonl"), path, prompts, policy, user, cfg)
     played, scores = finished(played, reward), shared(reward)
     policy.sleep()  # any later use of it brings weights
-    divergence = kl_to_reference(paths, played, cfg) if kl else {}
+    policy.temperature = cfg.temperature
+    own = cfg.eval_temperature in (0, cfg.temperature)  # else the dialogues are no samples of the policy that was trained
+    divergence = kl_to_reference(paths, played, cfg) if kl and own else {}
     results = {}
     for name, dialogues in played.items():
         row = summary(dialogues, played["base"], judge or by_reward(scores), scores, at_end=cfg.user == "dataset")
