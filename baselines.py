@@ -26,9 +26,9 @@ import refuel
 from machinery import files
 from machinery.files import BadInput, iteration_folder, policy_folder
 from machinery.ranks import barrier, one_line, rank, start_processes, world
-from machinery.report import markdown, methods_figure, methods_table
+from machinery.report import footer, markdown, methods_figure, methods_table, whole_dialogues
 from machinery.run import open_folder
-from machinery.settings import read_config
+from machinery.settings import is_hh, read_config
 from refuel import from_the_start, refuel_loss
 from simulator import hybrid_prompts, load_cast, made_of, offline_prompts, prepare, train_prompts
 
@@ -85,12 +85,14 @@ def offline_uniform(prompts, cfg, rng):
 def hybrid(prompts, cfg, rng):
     """REFUEL with a share of MT-MIXED's roll-ins, which the paper calls straightforward: finished dialogues among the
     prompts are reset as in MT-MIXED, the others begin at s_1."""
-    starts, h, H = from_the_start(prompts, cfg, rng)
-    by_data = [place for place, d in enumerate(prompts) if d.spans]
-    if by_data:
-        resets, h[by_data], H[by_data] = offline_uniform([prompts[place] for place in by_data], cfg, rng)
-        resets = dict(zip(by_data, resets))
-        starts = [resets.get(place, d) for place, d in enumerate(starts)]
+    starts, h, H = list(prompts), np.zeros(len(prompts), int), np.zeros(len(prompts), int)
+    by_data = np.array([bool(d.spans) for d in prompts])
+    for mine, roll_in in ((by_data, offline_uniform), (~by_data, from_the_start)):
+        rows = np.flatnonzero(mine)
+        if len(rows):
+            begun, h[rows], H[rows] = roll_in([prompts[row] for row in rows], cfg, rng)
+            for row, d in zip(rows, begun, strict=True):
+                starts[row] = d
     return starts, h, H
 
 
@@ -162,7 +164,12 @@ PAPER = {  # Table 1: h = 1..5, average
     "rebel-mt-mixed": (58.3, 53.2, 53.8, 51.0, 54.6, 54.18),
     "refuel": (55.2, 53.4, 58.8, 57.2, 58.6, 56.64),
 }
-WEIGHTS = np.array([0.769, 0.121, 0.064, 0.032, 0.014])  # Table 6: shares of lengths in the offline data (Table 3)
+PAPER_TWO = {  # Table 2: win rate, reward, KL, by data set
+    "hh": {"rebel-lt-mixed": (79.6, -4.79, 17.23), "rebel-lt-online": (80.2, -4.75, 15.91),
+           "rebel-mt-mixed": (78.6, -5.03, 16.79), "refuel": (82.8, -4.68, 17.83)},
+    "ultrainteract": {"rebel-lt-mixed": (70.4, 0.93, 121.7), "rebel-lt-online": (73.4, 0.82, 62.85),
+                      "rebel-mt-mixed": (34.4, -0.25, 61.34), "refuel": (79.6, 0.87, 93.19)},
+}  # fmt: skip
 DIFFERENCES = [("refuel", "rebel-mt-mixed"), ("rebel-lt-online", "rebel-lt-mixed"), ("refuel", "rebel-lt-online"),
                ("rebel-lt-mixed", "rebel-lt-offline"), ("dpo-lt-online", "dpo-lt-mixed"),
                ("dpo-refuel", "dpo-mt-mixed"), ("dpo-refuel", "refuel")]  # fmt: skip
@@ -175,20 +182,33 @@ def method_config(method, cfg, given=frozenset()):
     return replace(cfg, out=os.path.join(cfg.out, method), **free)
 
 
+def published(method, cfg, columns):
+    """The paper's row: of Table 1 for five turns, of Table 2 for whole dialogues of the data sets there; else None."""
+    if cfg.user == "dataset":
+        return PAPER_TWO["hh" if is_hh(cfg.dataset) else "ultrainteract"].get(method)
+    return PAPER.get(method) if columns == 5 else None
+
+
 def add_costs(results, cfg):
-    """To results.json's rows what Table 1 has beside: weighted average, pairs, minutes, the paper's row."""
-    for method, row in results.items():
-        if method in METHODS:
-            log = files.read_lines(os.path.join(cfg.out, method, "metrics.jsonl"))
-            pairs, seconds = 0, {}
-            for line in log:
-                if line["phase"] in ("collect", "regress"):  # a training's last step has all of its seconds
-                    seconds[line["iteration"], line["phase"]] = line["seconds"]
-                pairs += line.get("pairs", 0)
-            row["pairs"], row["minutes"] = pairs, round(sum(seconds.values()) / 60, 2)
-            row["paper"] = PAPER.get(method) if len(row["win"]) == len(WEIGHTS) else None
-        if len(row["win"]) == len(WEIGHTS):
-            row["weighted"] = round(float(np.dot(row["win"], WEIGHTS)), 4)
+    """To results.json's rows what the tables have beside: P(H) of the pairs, weighted average, pairs, minutes, the
+    paper's row.
+
+    weighted: Table 6, by the lengths of the dialogues in each row's own data; the base policy has none. (Its numbers are
+    lost; with one set of weights for all rows, REFUEL could not be first there, so they are each row's own.)"""
+    for method in METHODS.keys() & results.keys():
+        row, seconds = results[method], {}
+        for line in files.read_lines(os.path.join(cfg.out, method, "metrics.jsonl")):
+            if line["phase"] in ("collect", "regress"):  # a training's last step has all of its seconds
+                seconds[line["iteration"], line["phase"]] = line["seconds"]
+        log = files.read_lines(os.path.join(cfg.out, method, "metrics.jsonl"))
+        collected = [line for line in log if line["phase"] == "collect"]
+        turns = max(len(line["P(H)"]) for line in collected)
+        shares = np.sum([line["pairs"] * np.pad(line["P(H)"], (0, turns - len(line["P(H)"]))) for line in collected], axis=0)
+        row["pairs"], row["minutes"] = sum(line["pairs"] for line in collected), round(sum(seconds.values()) / 60, 2)
+        row["P(H)"] = np.round(shares / row["pairs"], 4).tolist()
+        row["paper"] = published(method, cfg, len(row["win"]))
+        if len(row["win"]) >= turns > 1:
+            row["weighted"] = round(float(np.dot(row["win"][:turns], row["P(H)"]) / sum(row["P(H)"])), 4)
     return results
 
 
@@ -275,22 +295,33 @@ def run(methods, cfg, given=frozenset()):
     curve = curves([m for m in done if METHODS[m].loss is refuel_loss], cfg, cast)
     if rank() == 0:
         report(results, curve, differences(played, cast[2], cfg.user == "dataset"), cfg.out)
+        one_opening(played, cast[2], cfg.out)
     barrier()
     return results, failed
 
 
 def report(results, curve, paired, out):
     """Leave the table, the paired differences and the figure in the run's folder, and show them."""
-    text = f"{methods_table(results)}\n\n{paired}\n"
-    text += ("\nWin rate against base in %, ties half, 95 % bootstrap intervals over "
-             f"{results['base']['dialogues']} dialogues, the paper's Table 1 in brackets; weighted: by the offline "
-             "data's shares of lengths, 76.9, 12.1, 6.4, 3.2 and 1.4 %; reward: mean over the turns.\n")  # fmt: skip
+    whole = len(results["base"]["win"]) == 1
+    text = f"{methods_table(results)}\n\n{paired}\n\n{footer(results)}; the paper's Table {2 if whole else 1} in brackets"
+    if not whole:
+        text += "; weighted: by P(H), the lengths in each row's own data; reward: mean over the turns"
     figure = os.path.join(out, "figure.png")
-    files.write_file(os.path.join(out, "table.md"), text)
+    files.write_file(os.path.join(out, "table.md"), text + "\n")
     files.write_file(os.path.join(out, "results.json"), json.dumps(results, indent=1))
     files.write_file(os.path.join(out, "curve.json"), json.dumps(curve))
     methods_figure(results, curve, figure, order=[*DATA, "hybrid"])
-    print(f"\n{text}\n{figure}", flush=True)
+    print(f"\n{text}\n\n{figure}", flush=True)
+
+
+def one_opening(played, reward, out):
+    """Appendix D: one opening as every policy played it, in dialogues.md; the opening at the median of the last row's gain
+    over the base policy."""
+    scores = {name: reward(dialogues) for name, dialogues in played.items()}
+    gain = np.subtract(scores[list(played)[-1]], scores["base"])
+    i = int(np.argsort(gain, kind="stable")[len(gain) // 2])
+    chosen = {f"{name} (reward {scores[name][i]:.2f})": dialogues[i] for name, dialogues in played.items()}
+    files.write_file(os.path.join(out, "dialogues.md"), whole_dialogues(chosen) + "\n")
 
 
 def main(argv=None):
