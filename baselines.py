@@ -151,7 +151,10 @@ def train(method, cfg, cast=None):
 # ---------------------------------------------------------------------------------------------------------------
 
 # Each row's own best of three values, found with the same budget on validation customers (docs/baselines.md)
-BEST = {"toy": {}}
+BEST = {"toy": {
+    "rebel-lt-offline": {"eta": 10.0}, "dpo-lt-offline": {"beta": 0.3}, "dpo-lt-online": {"beta": 0.3},
+    "dpo-mt-mixed": {"beta": 0.03},
+}}  # fmt: skip
 SNAPSHOTS = {"toy": 32}  # steps between the points of Figure 2
 PAPER = {  # Table 1: h = 1..5, average
     "dpo-lt-offline": (51.2, 46.8, 42.6, 41.4, 46.8, 45.76),
