@@ -26,11 +26,11 @@ import refuel
 from machinery import files
 from machinery.files import BadInput, iteration_folder, policy_folder
 from machinery.ranks import barrier, one_line, rank, start_processes, world
-from machinery.report import markdown, methods_figure, methods_table
+from machinery.report import footer, markdown, methods_figure, methods_table, whole_dialogues
 from machinery.run import open_folder
-from machinery.settings import did_you_mean, read_config
+from machinery.settings import did_you_mean, is_hh, read_config
 from refuel import from_the_start, refuel_loss
-from simulator import load_cast, made_of, offline_prompts, prepare, train_prompts
+from simulator import hybrid_prompts, load_cast, made_of, offline_prompts, prepare, train_prompts
 
 # ---------------------------------------------------------------------------------------------------------------
 # Losses: of (logp_2B, old_logp_2B, reward_2B, eta), the mean over B pairs
@@ -46,24 +46,20 @@ def dpo_loss(logp_2B, old_logp_2B, reward_2B, beta):
     return -F.logsigmoid(beta * sign_B * (log_ratio_2B[0] - log_ratio_2B[1])).mean()
 
 
-def dpo_at(logp_2B, old_logp_2B, reward_2B, eta):
-    """Both KL-regularised problems are one: DPO's beta is 1 / eta of Eq. 2, so one flag serves every row."""
-    return dpo_loss(logp_2B, old_logp_2B, reward_2B, 1 / eta)
-
-
 def rloo_loss(logp_2B, old_logp_2B, reward_2B, eta):
     """REINFORCE leave-one-out with two responses: each one's baseline is the other's return.
 
     At pi = pi_t the gradient is RLOO's, -1/2 sum_i (r_i - r_j) grad ln pi(y_i). An iteration takes many steps on one
-    data set, so later steps are off-policy: the ratio pi/pi_t corrects them, clipped as PPO does, at 0.2. The
-    camera-ready names RLOO rows without saying how; eta is not used."""
+    data set; in later ones the ratio pi/pi_t corrects for it, unclipped, as RLOO has no clip (PPO's, at 0.2 of a whole
+    response's ratio, silences most pairs after a few steps). The camera-ready names RLOO rows without saying how; eta
+    is not used."""
     ratio_2B = (logp_2B - old_logp_2B).exp()
     advantage_2B = (reward_2B - reward_2B.flip(0)).to(ratio_2B.dtype)
-    return -torch.minimum(ratio_2B * advantage_2B, ratio_2B.clamp(0.8, 1.2) * advantage_2B).mean()
+    return -(ratio_2B * advantage_2B).mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Roll-ins: (where the first roll-out begins, h, H). Offline prompts are (dialogue, same with another last answer)
+# Roll-ins: (where the first roll-out begins, h, H). Offline prompts are finished dialogues
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -75,24 +71,38 @@ def online_last(prompts, cfg, rng):
 
 def offline_last(prompts, cfg, rng):
     """LT-MIXED: s_H from the data, both responses the policy's."""
-    H = np.array([len(d.spans) for d, _ in prompts])
-    return [d.reset(n) for (d, _), n in zip(prompts, H)], H, H
+    H = np.array([len(d.spans) for d in prompts])
+    return [d.reset(n) for d, n in zip(prompts, H)], H, H
 
 
 def offline_uniform(prompts, cfg, rng):
     """MT-MIXED: s_h from the data, h ~ U(H), both roll-outs the policy's with the user."""
-    H = np.array([len(d.spans) for d, _ in prompts])
+    H = np.array([len(d.spans) for d in prompts])
     h = rng.integers(1, H + 1)
-    return [d.reset(n) for (d, _), n in zip(prompts, h)], h, H
+    return [d.reset(n) for d, n in zip(prompts, h)], h, H
+
+
+def hybrid(prompts, cfg, rng):
+    """REFUEL with a share of MT-MIXED's roll-ins, which the paper calls straightforward: finished dialogues among the
+    prompts are reset as in MT-MIXED, the others begin at s_1."""
+    starts, h, H = list(prompts), np.zeros(len(prompts), int), np.zeros(len(prompts), int)
+    by_data = np.array([bool(d.spans) for d in prompts])
+    for mine, roll_in in ((by_data, offline_uniform), (~by_data, from_the_start)):
+        rows = np.flatnonzero(mine)
+        if len(rows):
+            begun, h[rows], H[rows] = roll_in([prompts[row] for row in rows], cfg, rng)
+            for row, d in zip(rows, begun, strict=True):
+                starts[row] = d
+    return starts, h, H
 
 
 def collect_offline(prompts, policy, user, reward, cfg, rng, dropped):
-    """LT-OFFLINE: s_H and both responses from the data; nobody speaks."""
+    """LT-OFFLINE: s_H and both responses from the data; nobody speaks. prompts: (dialogue, same with another answer)."""
     return refuel.make_pairs([(d, d2, len(d.spans)) for d, d2 in prompts], reward, cfg.max_dialogue, dropped)
 
 
 class Method(NamedTuple):
-    prefix: str  # offline or online: who rolled in
+    prefix: str  # offline, online or hybrid: who rolled in
     turn: str  # last, or uniform in 1..H
     responses: str  # offline: the data's two answers; online: two of the policy's
     loss: Callable
@@ -105,37 +115,46 @@ DATA = {
     "mt-mixed": ("offline", "uniform", "online"),
     "refuel": ("online", "uniform", "online"),
 }
-LOSSES = {"dpo": dpo_at, "rebel": refuel_loss, "rloo": rloo_loss}
+LOSSES = {"dpo": dpo_loss, "rebel": refuel_loss, "rloo": rloo_loss}
 # REBEL's loss is Eq. 1 on other data, so rebel-refuel is REFUEL. dpo-refuel and rloo-refuel are not in the paper: they
 # tell what is due to the data from what is due to the loss.
 METHODS = {f"{loss}-{data}": Method(*DATA[data], LOSSES[loss]) for loss in LOSSES for data in DATA}
 METHODS["refuel"] = METHODS.pop("rebel-refuel")
+METHODS["refuel-hybrid"] = Method("hybrid", "uniform", "online", refuel_loss)
 
 ROLL_INS = {
     ("online", "uniform"): from_the_start,
     ("online", "last"): online_last,
     ("offline", "last"): offline_last,
     ("offline", "uniform"): offline_uniform,
+    ("hybrid", "uniform"): hybrid,
 }
+PROMPTS = {"online": train_prompts, "offline": offline_prompts, "hybrid": hybrid_prompts}
 
 
 def train(method, cfg, cast=None):
     """refuel.train with the row's prompts, roll-in and loss."""
     row = METHODS[method]
-    prompts_of = train_prompts if row.prefix == "online" else offline_prompts
     if row.responses == "offline":
-        collect = collect_offline
+        prompts_of, collect = partial(offline_prompts, twice=True), collect_offline
     else:
-        collect = partial(refuel.collect, roll_in=ROLL_INS[row.prefix, row.turn])
-    return refuel.train(cfg, cast, prompts_of, collect, row.loss)
+        prompts_of, collect = PROMPTS[row.prefix], partial(refuel.collect, roll_in=ROLL_INS[row.prefix, row.turn])
+
+    def loss_fn(logp_2B, old_logp_2B, reward_2B, eta):
+        return row.loss(logp_2B, old_logp_2B, reward_2B, cfg.beta if row.loss is dpo_loss else eta)
+
+    return refuel.train(cfg, cast, prompts_of, collect, loss_fn)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Table 1
 # ---------------------------------------------------------------------------------------------------------------
 
-# Each row's own better eta of 10 and 30, found with the same budget for all (docs/baselines.md); else the setting's own
-BEST = {"toy": dict.fromkeys(("rebel-lt-offline", "dpo-lt-offline", "dpo-lt-online"), {"eta": 10.0})}
+# Each row's own best of three values, found with the same budget on validation customers (docs/baselines.md)
+BEST = {"toy": {
+    "rebel-lt-offline": {"eta": 10.0}, "dpo-lt-offline": {"beta": 0.3}, "dpo-lt-online": {"beta": 0.3},
+    "dpo-mt-mixed": {"beta": 0.03},
+}}  # fmt: skip
 SNAPSHOTS = {"toy": 32}  # steps between the points of Figure 2
 PAPER = {  # Table 1: h = 1..5, average
     "dpo-lt-offline": (51.2, 46.8, 42.6, 41.4, 46.8, 45.76),
@@ -148,7 +167,12 @@ PAPER = {  # Table 1: h = 1..5, average
     "rebel-mt-mixed": (58.3, 53.2, 53.8, 51.0, 54.6, 54.18),
     "refuel": (55.2, 53.4, 58.8, 57.2, 58.6, 56.64),
 }
-WEIGHTS = np.array([0.769, 0.121, 0.064, 0.032, 0.014])  # Table 6: shares of lengths in the offline data (Table 3)
+PAPER_TWO = {  # Table 2: win rate, reward, KL, by data set
+    "hh": {"rebel-lt-mixed": (79.6, -4.79, 17.23), "rebel-lt-online": (80.2, -4.75, 15.91),
+           "rebel-mt-mixed": (78.6, -5.03, 16.79), "refuel": (82.8, -4.68, 17.83)},
+    "ultrainteract": {"rebel-lt-mixed": (70.4, 0.93, 121.7), "rebel-lt-online": (73.4, 0.82, 62.85),
+                      "rebel-mt-mixed": (34.4, -0.25, 61.34), "refuel": (79.6, 0.87, 93.19)},
+}  # fmt: skip
 DIFFERENCES = [("refuel", "rebel-mt-mixed"), ("rebel-lt-online", "rebel-lt-mixed"), ("refuel", "rebel-lt-online"),
                ("rebel-lt-mixed", "rebel-lt-offline"), ("dpo-lt-online", "dpo-lt-mixed"),
                ("dpo-refuel", "dpo-mt-mixed"), ("dpo-refuel", "refuel")]  # fmt: skip
@@ -161,20 +185,33 @@ def method_config(method, cfg, given=frozenset()):
     return replace(cfg, out=os.path.join(cfg.out, method), **free)
 
 
+def published(method, cfg, columns):
+    """The paper's row: of Table 1 for five turns, of Table 2 for whole dialogues of the data sets there; else None."""
+    if cfg.user == "dataset":
+        return PAPER_TWO["hh" if is_hh(cfg.dataset) else "ultrainteract"].get(method)
+    return PAPER.get(method) if columns == 5 else None
+
+
 def add_costs(results, cfg):
-    """To results.json's rows what Table 1 has beside: weighted average, pairs, minutes, the paper's row."""
-    for method, row in results.items():
-        if method in METHODS:
-            log = files.read_lines(os.path.join(cfg.out, method, "metrics.jsonl"))
-            pairs, seconds = 0, {}
-            for line in log:
-                if line["phase"] in ("collect", "regress"):  # a training's last step has all of its seconds
-                    seconds[line["iteration"], line["phase"]] = line["seconds"]
-                pairs += line.get("pairs", 0)
-            row["pairs"], row["minutes"] = pairs, round(sum(seconds.values()) / 60, 2)
-            row["paper"] = PAPER.get(method) if len(row["win"]) == len(WEIGHTS) else None
-        if len(row["win"]) == len(WEIGHTS):
-            row["weighted"] = round(float(np.dot(row["win"], WEIGHTS)), 4)
+    """To results.json's rows what the tables have beside: P(H) of the pairs, weighted average, pairs, minutes, the
+    paper's row.
+
+    weighted: Table 6, by the lengths of the dialogues in each row's own data; the base policy has none. (Its numbers are
+    lost; with one set of weights for all rows, REFUEL could not be first there, so they are each row's own.)"""
+    for method in METHODS.keys() & results.keys():
+        row, seconds = results[method], {}
+        for line in files.read_lines(os.path.join(cfg.out, method, "metrics.jsonl")):
+            if line["phase"] in ("collect", "regress"):  # a training's last step has all of its seconds
+                seconds[line["iteration"], line["phase"]] = line["seconds"]
+        log = files.read_lines(os.path.join(cfg.out, method, "metrics.jsonl"))
+        collected = [line for line in log if line["phase"] == "collect"]
+        turns = max(len(line["P(H)"]) for line in collected)
+        shares = np.sum([line["pairs"] * np.pad(line["P(H)"], (0, turns - len(line["P(H)"]))) for line in collected], axis=0)
+        row["pairs"], row["minutes"] = sum(line["pairs"] for line in collected), round(sum(seconds.values()) / 60, 2)
+        row["P(H)"] = np.round(shares / row["pairs"], 4).tolist()
+        row["paper"] = published(method, cfg, len(row["win"]))
+        if len(row["win"]) >= turns > 1:
+            row["weighted"] = round(float(np.dot(row["win"][:turns], row["P(H)"]) / sum(row["P(H)"])), 4)
     return results
 
 
@@ -231,7 +268,7 @@ def choose(text):
     """The methods that --method names: all, a row, a loss (all its rows), or several of these with commas."""
     chosen = []
     for name in text.split(","):
-        found = [m for m in METHODS if name in ("all", m, m.split("-")[0])]
+        found = [m for m in METHODS if name in ("all", m) or name in LOSSES and m.startswith(f"{name}-")]
         if not found:
             raise BadInput(f"--method is all, {', '.join(LOSSES)} or one of {', '.join(METHODS)}, not {name}"
                            f"{did_you_mean(name, [*METHODS, *LOSSES, 'all'])}")
@@ -262,22 +299,33 @@ def run(methods, cfg, given=frozenset()):
     curve = curves([m for m in done if METHODS[m].loss is refuel_loss], cfg, cast)
     if rank() == 0:
         report(results, curve, differences(played, cast[2], evaluate.judged_turns(cfg)), cfg.out)
+        one_opening(played, cast[2], cfg.out)
     barrier()
     return results, failed
 
 
 def report(results, curve, paired, out):
     """Leave the table, the paired differences and the figure in the run's folder, and show them."""
-    text = f"{methods_table(results)}\n\n{paired}\n"
-    text += ("\nWin rate against base in %, ties half, 95 % bootstrap intervals over "
-             f"{results['base']['dialogues']} dialogues, the paper's Table 1 in brackets; weighted: by the offline "
-             "data's shares of lengths, 76.9, 12.1, 6.4, 3.2 and 1.4 %; reward: mean over the turns.\n")  # fmt: skip
+    whole = len(results["base"]["win"]) == 1
+    text = f"{methods_table(results)}\n\n{paired}\n\n{footer(results)}; the paper's Table {2 if whole else 1} in brackets"
+    if not whole:
+        text += "; weighted: by P(H), the lengths in each row's own data; reward: mean over the turns"
     figure = os.path.join(out, "figure.png")
-    files.write_file(os.path.join(out, "table.md"), text)
+    files.write_file(os.path.join(out, "table.md"), text + "\n")
     files.write_file(os.path.join(out, "results.json"), json.dumps(results, indent=1))
     files.write_file(os.path.join(out, "curve.json"), json.dumps(curve))
-    methods_figure(results, curve, figure, order=list(DATA))
-    print(f"\n{text}\n{figure}", flush=True)
+    methods_figure(results, curve, figure, order=[*DATA, "hybrid"])
+    print(f"\n{text}\n\n{figure}", flush=True)
+
+
+def one_opening(played, reward, out):
+    """Appendix D: one opening as every policy played it, in dialogues.md; the opening at the median of the last row's gain
+    over the base policy."""
+    scores = {name: reward(dialogues) for name, dialogues in played.items()}
+    gain = np.subtract(scores[list(played)[-1]], scores["base"])
+    i = int(np.argsort(gain, kind="stable")[len(gain) // 2])
+    chosen = {f"{name} (reward {scores[name][i]:.2f})": dialogues[i] for name, dialogues in played.items()}
+    files.write_file(os.path.join(out, "dialogues.md"), whole_dialogues(chosen) + "\n")
 
 
 def main(argv=None):

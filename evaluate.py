@@ -16,6 +16,7 @@ Dimension key: N dialogues, H turns.
 import machinery  # noqa: F401  (first: it sets what torch and vLLM read when they are imported)
 
 import json
+import math
 import os
 import re
 import sys
@@ -28,12 +29,13 @@ import simulator
 from machinery import engines, families, files, fsdp, worlds
 from machinery.ask import Server
 from machinery.files import BadInput, read_weights, write_file
-from machinery.judges import ANTHROPIC_HH, ULTRAINTERACT, LLMJudge, local_judge
+from machinery.judges import ANTHROPIC_HH, ULTRAINTERACT, LLMJudge, context_of, local_judge
 from machinery.logps import dialogue_logps
 from machinery.ranks import barrier, in_waves, on_rank_0, one_line, rank, start_processes
-from machinery.report import side_by_side, table, turns_figure
+from machinery.report import footer, side_by_side, table, turns_figure
 from machinery.rewards import shared
 from machinery.settings import Parser, is_hh, read_config
+from machinery.template import encode, load_tokenizer
 from machinery.users import check_failures
 from simulator import Dialogue, rollout
 
@@ -161,8 +163,9 @@ def kl_estimates(logp_NH, base_NH):
     """KL(pi || pi_0) in nats from dialogues that pi has played: their answers' log-probs under pi and under pi_0.
 
     Two unbiased estimators (Schulman 2020), both a sum over turns with the mean over dialogues: k1 = ln pi/pi_0, and
-    k3 = rho - 1 - ln rho with rho = pi_0/pi, never negative and quieter while pi is near pi_0, but heavy-tailed beyond
-    a few nats a turn. The user's words are the same under both policies and cancel. Table 2 names no estimator."""
+    k3 = rho - 1 - ln rho with rho = pi_0/pi, never negative and quieter while pi is near pi_0 (below about a nat a turn).
+    Beyond a few nats a turn k1 alone holds: k3 then waits for samples with a huge rho, which hardly ever come, and is
+    far too small (at Table 2's 17 nats a turn it is of no use). The user's words are the same under both policies and cancel. Table 2 names no estimator."""
     log_ratio_NH = logp_NH - base_NH
     k3_NH = np.exp(-log_ratio_NH) - 1 + log_ratio_NH
     row = {}
@@ -196,7 +199,8 @@ def kl_to_reference(paths, played, cfg):
 
 
 PLAYED_WITH = ("setting", "user", "user_model", "user_temperature", "user_tokens", "dataset", "seed",
-               "max_turns", "max_new_tokens", "max_length", "temperature", "eval_wave", "eval_dialogues")  # fmt: skip
+               "max_turns", "max_new_tokens", "max_length", "temperature", "eval_wave", "eval_dialogues", "eval_split",
+               "eval_temperature")  # fmt: skip
 
 
 def claim(folder, paths, cfg):
@@ -245,6 +249,8 @@ def play(file, path, prompts, policy, user, cfg):
             prompts = [Dialogue.start(policy.tokenizer, p.messages[0]["content"], p.secret, p.stream, p.limit, p.system)
                        for p in prompts]  # fmt: skip
 
+    policy.temperature = cfg.eval_temperature or cfg.temperature
+
     def wave(rows, _):
         dialogues = rollout(rows, policy, user, simulator.longest(rows, cfg))
         check_failures(sum(d.failed == "user" for d in dialogues), len(rows), cfg)
@@ -285,8 +291,13 @@ def evaluate(policies, folder, policy, user, reward, cfg, judge=None, kl=True):
         played[name] = play(os.path.join(folder, "eval", f"{name}.jsonl"), path, prompts, policy, user, cfg)
     played, scores = finished(played, reward), shared(reward)
     policy.sleep()  # any later use of it brings weights
-    divergence = kl_to_reference(paths, played, cfg) if kl else {}
+    policy.temperature = cfg.temperature
+    own = cfg.eval_temperature in (0, cfg.temperature)  # else the dialogues are no samples of the policy that was trained
+    divergence = kl_to_reference(paths, played, cfg) if kl and own else {}
     results = {}
+    for dialogues in played.values():
+        if hasattr(judge, "check_room"):
+            judge.check_room(dialogues, played["base"])
     for name, dialogues in played.items():
         row = summary(dialogues, played["base"], judge or by_reward(scores), scores, judged_turns(cfg))
         row |= divergence.get(name, {})
@@ -307,8 +318,7 @@ def report(results, played, reward, folder):
     """What a person sees at the end: the table, Figure 1, and one dialogue before and after."""
     last = list(played)[-1]
     turns_figure(results, os.path.join(folder, "win_rate.png"))
-    print(f"\n{table(results)}\n\nwin rates are against base, ties half, 95 % bootstrap intervals over "
-          f"{results[last]['dialogues']} dialogues; figure: {os.path.join(folder, 'win_rate.png')}")  # fmt: skip
+    print(f"\n{table(results)}\n\n{footer(results)}; figure: {os.path.join(folder, 'win_rate.png')}")
     gain = np.subtract(reward(played[last]), reward(played["base"]))
     i = int(np.argsort(gain, kind="stable")[len(gain) * 3 // 4])  # neither the best nor a lucky one
     print(f"\none opening, played by base and by {last} (the upper quartile of the gain, {gain[i]:+.2f}):\n")
@@ -321,24 +331,27 @@ def report(results, played, reward, folder):
 
 
 def command(argv):
-    """(cfg, the policies as they were given, --judge, --judge-model, --judge-tokens); several policies go where a Config
-    has one."""
+    """(cfg, the policies as they were given, the judge's flags by name); several policies go where a Config has one."""
     own = Parser(add_help=False, allow_abbrev=False)
     own.add_argument("--policy", nargs="+", action="extend", default=[])
     own.add_argument("--out")
     own, rest = own.parse_known_args(argv)
     flags = dict(judge=dict(default="reward", metavar="reward|world|URL|FOLDER", help="who compares [reward]"),
                  judge_model=dict(metavar="NAME", help="the judge's name at a URL"),
-                 judge_tokens=dict(default=512, type=int, metavar="N", help="room for its comparison and verdict [512]"))
+                 judge_tokens=dict(default=512, type=int, metavar="N", help="room for its comparison and verdict [512]"),
+                 judge_context=dict(type=int, metavar="N", help="tokens of a prompt and its reply; else by its name"))
     cfg, extra = read_config(rest, __doc__, **flags)
     if not own.policy:
         raise BadInput("--policy names at least one run folder, checkpoint folder or hub id")
     if extra["judge_tokens"] < 1:
         raise BadInput(f"--judge-tokens must be positive, not {extra['judge_tokens']}")
+    context = extra.setdefault("judge_context", None)
+    if context is not None and context <= extra["judge_tokens"]:
+        raise BadInput(f"--judge-context must be more than --judge-tokens {extra['judge_tokens']}, not {context}")
     out = own.out or os.path.join("runs", "eval", os.path.basename(cfg.out))
     if os.path.exists(out) and not os.path.isdir(out):
         raise BadInput(f"--out {out} is not a folder")
-    return replace(cfg, out=out), own.policy, extra["judge"], extra["judge_model"], extra["judge_tokens"]
+    return replace(cfg, out=out), own.policy, extra
 
 
 def named(arguments):
@@ -361,8 +374,11 @@ def name_of(path):
     return re.sub(r"[^\w.-]", "_", "_".join(parts[first:]))
 
 
-def load_judge(name, model, cfg, judge_tokens):
-    """The judge that --judge names, None for the reward; cfg.out keeps a language model's replies."""
+def load_judge(flags, cfg, count):
+    """The judge that --judge names, None for the reward; cfg.out keeps a language model's replies.
+
+    count: tokens of a text by the policy's tokenizer, which is near enough to a server's own."""
+    name, model, judge_tokens = flags["judge"], flags["judge_model"], flags["judge_tokens"]
     wording = ANTHROPIC_HH if is_hh(cfg.dataset) else ULTRAINTERACT
     folder = os.path.join(cfg.out, "verdicts")
     if name == "reward":
@@ -374,14 +390,15 @@ def load_judge(name, model, cfg, judge_tokens):
     if "://" in name:
         if not model:
             raise BadInput("--judge URL needs --judge-model NAME")
-        return LLMJudge(Server(name, model, max_tokens=judge_tokens, whole=True), model, folder, wording)
+        room = (flags["judge_context"] or context_of(model) or math.inf) - judge_tokens
+        return LLMJudge(Server(name, model, max_tokens=judge_tokens, whole=True), model, folder, wording, room, count)
     path = files.find_checkpoint(name)
     return LLMJudge(local_judge(path, cfg, judge_tokens), files.fingerprint(path), folder, wording)
 
 
 def main(argv=None):
     with one_line("evaluate.py"):
-        cfg, policies, judge, judge_model, judge_tokens = command(argv)
+        cfg, policies, flags = command(argv)
         start_processes()
         policies = named(policies)
         cfg = simulator.prepare(replace(cfg, policy=cfg.reference), trains=False)
@@ -390,7 +407,8 @@ def main(argv=None):
             if engines.kind(path) == engines.kind(cfg.reference):  # its KL will be measured
                 families.check_policy(path)
         claim(cfg.out, {"base": cfg.reference, **policies}, cfg)
-        judge = load_judge(judge, judge_model, cfg, judge_tokens)
+        tokenizer = load_tokenizer(cfg.reference)
+        judge = load_judge(flags, cfg, lambda text: len(encode(tokenizer, "", text)))
         policy, user, reward = simulator.load_cast(cfg)
         results, played = evaluate(policies, cfg.out, policy, user, reward, cfg, judge)
         if rank() == 0:

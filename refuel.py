@@ -27,6 +27,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import evaluate
@@ -51,7 +52,7 @@ class Pair(NamedTuple):
     y2: list  # ids of y'_h
     rewards: tuple  # r(s_{H+1}), r(s'_{H+1})
     h: int
-    H: int
+    H: int  # turns; of the longer one, where a user has ended them at different turns
     dialogues: tuple = None  # the two finished conversations
     logps: tuple = None  # ln pi_t of y and y', by the trainer's own weights before the first step
     base_logps: tuple = None  # the same under pi_0, where Eq. 11 asks for it
@@ -62,9 +63,8 @@ class Pair(NamedTuple):
     @classmethod
     def of(cls, first, second, h, rewards):
         """The pair of two finished conversations that part at turn h."""
-        H = max(len(first.spans), len(second.spans))  # a user may have ended one of them before
-        return cls(first.reset(h).ids, first.answer(h), second.answer(h), rewards, h, H, (first, second),
-                   truncated=(tuple(first.truncated), tuple(second.truncated)),
+        return cls(first.reset(h).ids, first.answer(h), second.answer(h), rewards, h, max(first.turns, second.turns),
+                   (first, second), truncated=(tuple(first.truncated), tuple(second.truncated)),
                    engine_logps=(first.logps[h - 1], second.logps[h - 1]), opening=first.messages[0]["content"][:200])
 
     def to_json(self):
@@ -85,9 +85,12 @@ class Pair(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def sample_resets(n, max_turns, rng):
-    """H ~ U(max_turns), then h ~ U(H) (section 4.2): (h (n,), H (n,)) with 1 <= h <= H <= max_turns."""
-    H = rng.integers(1, max_turns + 1, size=n)
+def sample_resets(n, max_turns, rng, law="paper"):
+    """H ~ U(max_turns), then h ~ U(H) (section 4.2): (h (n,), H (n,)) with 1 <= h <= H <= max_turns.
+
+    So turn h sees P(H | h) ~ 1/H: what is optimised is sum_H J_H / H. Uniform over all h <= H: the plain sum of J_H."""
+    lengths = np.arange(1, max_turns + 1)
+    H = rng.choice(lengths, n, p=lengths / lengths.sum()) if law == "uniform" else rng.integers(1, max_turns + 1, size=n)
     h = rng.integers(1, H + 1)
     return h, H
 
@@ -99,7 +102,7 @@ def from_the_start(prompts, cfg, rng):
     if cfg.user == "dataset":
         H = longest(prompts, cfg)
         return prompts, rng.integers(1, H + 1), H
-    return (prompts, *sample_resets(len(prompts), cfg.max_turns, rng))
+    return (prompts, *sample_resets(len(prompts), cfg.max_turns, rng, cfg.reset_law))
 
 
 def collect(prompts, policy, user, reward, cfg, rng, dropped=None, roll_in=from_the_start):
@@ -166,8 +169,8 @@ def regress(model, optimizer, pairs, cfg, loss_fn=refuel_loss, first_step=0, aft
     """Line 4: fit pi to the relative future by minibatch descent on the mean of loss_fn over the pairs.
 
     Every rank holds all pairs and takes its share of each batch; gradients are averaged by FSDP. Returns the last
-    step's metrics (docs/metrics.md); after_step(step, metrics) is called after each step, and a training that was
-    stopped resumes at first_step. t: the iteration, for the learning rate."""
+    step's metrics (docs/metrics.md); after_step(step, metrics) is called after each step and ends the training where it
+    returns True; one that was stopped resumes at first_step. t: the iteration, for the learning rate."""
     if pairs[0].logps is None:
         rows = zip(pairs, old_logps(model, pairs, cfg).tolist(), strict=True)
         pairs = [pair._replace(logps=tuple(row)) for pair, row in rows]
@@ -190,8 +193,8 @@ def regress(model, optimizer, pairs, cfg, loss_fn=refuel_loss, first_step=0, aft
         optimizer.zero_grad()
         tokens = sum(pair_length(pairs[i]) for i in batch)
         metrics["tokens_per_second"] = round(tokens / max(1e-9, time.monotonic() - start))  # a clock may stand still
-        if after_step:
-            after_step(step, metrics)
+        if after_step and after_step(step, metrics):
+            break
     return metrics
 
 
@@ -241,7 +244,7 @@ def train(cfg, cast=None, prompts_of=train_prompts, collect=collect, loss_fn=ref
         speakers = {"policy": policy, "user": user, "reward": reward}
         pairs = run.pairs(prompts_of(cfg, policy.tokenizer, t), play, Pair.from_json, speakers)
         policy.sleep()
-        pairs = [regularised(pair, cfg) for pair in run.with_logps(pairs)]
+        pairs = run.hold_out([regularised(pair, cfg) for pair in run.with_logps(pairs)], loss_fn)
         regress(model, run.optimizer, pairs, cfg, loss_fn, run.first_step(), run.after_step, t)
         run.finish()
         policy.update(full_weights(model))

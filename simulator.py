@@ -12,6 +12,7 @@ import machinery  # noqa: F401  (first: it sets what torch and vLLM read when th
 
 import math
 import os
+import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -125,6 +126,11 @@ class Dialogue:
     def conversation(self):
         """All messages, a system prompt among them."""
         return [{"role": "system", "content": self.system}, *self.messages] if self.system else self.messages
+
+    @property
+    def turns(self):
+        """How many answers there are."""
+        return len(self.spans)
 
     def answer(self, h):
         """The sampled ids of y_h."""
@@ -243,9 +249,21 @@ def prepare(cfg, trains=True):
     check_room(test_prompts(cfg, tokenizer), cfg, tokenizer)
     if trains and not cfg.iterations:
         cfg = replace(cfg, iterations=len(first_prompts(cfg, "train", tokenizer)) // cfg.num_prompts)
+    if trains and not cfg.num_prompts:
+        tell_all(len(first_prompts(cfg, "train", tokenizer)), cfg)
     check_cast(cfg)
     users.reach_user(cfg)
     return cfg
+
+
+def tell_all(number, cfg):
+    """What --num-prompts 0 comes to; and whether it is enough for a batch."""
+    if number < cfg.batch_size:
+        raise BadInput(f"--num-prompts 0: {cfg.dataset} has {number} training prompts, less than one --batch-size")
+    if rank() == 0:
+        steps = cfg.epochs * -(-(number - min(cfg.validation, number // 8)) // cfg.batch_size)
+        print(f"all {number} prompts: at most {number} pairs an iteration, and {steps} steps of {cfg.batch_size} of them",
+              flush=True)  # fmt: skip
 
 
 def check_room(starts, cfg, tokenizer):
@@ -331,14 +349,26 @@ def made_of(cfg):
 
 
 def first_prompts(cfg, split, tokenizer):
-    """The first prompts, as texts, of a split: "train" or "test"."""
+    """The first prompts, as texts, of a split: train, test, or validation: the last training prompts, --eval-dialogues or
+    a fifth of them, which a run that is evaluated on them (--eval-split validation) does not train on."""
+    if split == "test" or cfg.eval_split == "test":
+        return all_prompts(cfg, split, tokenizer)
+    prompts = all_prompts(cfg, "train", tokenizer)
+    first = len(prompts) - min(cfg.eval_dialogues, len(prompts) // 5)
+    while 0 < first and prompts[first - 1].text == prompts[first].text:  # one opening is on one side
+        first -= 1
+    return prompts[first:] if split == "validation" else prompts[:first]
+
+
+def all_prompts(cfg, split, tokenizer):
+    """The prompts that the data set or the world has for training or for the test."""
     if worlds.world_file(cfg.dataset):
         return [data.Prompt(*pair) for pair in worlds.load_prompts(cfg.dataset, split)]
     return getattr(data.load_data(cfg, tokenizer), split)
 
 
 def train_prompts(cfg, tokenizer, t):
-    """The dialogues at s_1 of iteration t: cfg.num_prompts of the training split, drawn without replacement."""
+    """The dialogues at s_1 of iteration t: cfg.num_prompts of the training split, or all, drawn without replacement."""
     pool = first_prompts(cfg, "train", tokenizer)
     if cfg.num_prompts > len(pool):
         raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(pool)} training prompts")
@@ -347,12 +377,12 @@ def train_prompts(cfg, tokenizer, t):
 
 def test_prompts(cfg, tokenizer):
     """The openings that every policy is evaluated from; the streams make users and noise common to all of them."""
-    pool = first_prompts(cfg, "test", tokenizer)
+    pool = first_prompts(cfg, cfg.eval_split, tokenizer)
     if cfg.eval_dialogues > len(pool):
-        raise BadInput(f"--eval-dialogues {cfg.eval_dialogues}: {cfg.dataset} has only {len(pool)} test prompts")
+        raise BadInput(f"--eval-dialogues {cfg.eval_dialogues}: {cfg.dataset} has only {len(pool)} {cfg.eval_split} prompts")
     dialogues = []
     for i, prompt in enumerate(pool[: cfg.eval_dialogues]):
-        dialogues.append(open_dialogue(tokenizer, prompt, (cfg.seed, "test", i), cfg.system))
+        dialogues.append(open_dialogue(tokenizer, prompt, (cfg.seed, cfg.eval_split, i), cfg.system))
     return dialogues
 
 
@@ -361,7 +391,8 @@ def data_counts(cfg):
     if worlds.world_file(cfg.dataset):
         return None
     found = data.load_data(cfg, load_tokenizer(cfg.policy))
-    return {"train": len(found.train), "test": len(found.test), "logged": len(found.logs), "dropped": found.dropped}
+    return {"train": len(found.train), "test": len(found.test), "logged": len(found.logs), "twice": len(found.twice),
+            "dropped": found.dropped}  # fmt: skip
 
 
 class Made:
@@ -384,29 +415,44 @@ def open_dialogue(tokenizer, prompt, stream=(0,), system=""):
     return Dialogue.start(tokenizer, prompt.text, prompt.secret, stream, prompt.limit, prompt.system or system or None)
 
 
-def offline_prompts(cfg, tokenizer, t):
-    """The same for the baselines that roll in by the data: finished dialogues, each with a second last answer."""
+def offline_prompts(cfg, tokenizer, t, twice=False):
+    """The same for the baselines that roll in by the data: finished dialogues; twice: each with a second last answer."""
     found = worlds.world_file(cfg.dataset)
-    logs = worlds.load_logs(cfg.dataset) if found else data.load_data(cfg, tokenizer).logs
+    if found:
+        logs = worlds.load_logs(cfg.dataset)
+    else:
+        logs = getattr(data.load_data(cfg, tokenizer), "twice" if twice else "logs")
     if cfg.num_prompts > len(logs):
-        raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(logs)} dialogues with a chosen and a "
-                       "rejected last answer")  # fmt: skip
-    return Made(lambda i: replay(tokenizer, logs[i], cfg.system), data.draw("offline", len(logs), cfg, t))
+        raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(logs)} dialogues to roll in by")
+    rows = data.draw("offline", len(logs), cfg, t)
+    if cfg.eval_split == "validation" and not found:
+        judged = {p.text for p in first_prompts(cfg, "validation", tokenizer)}
+        rows = [row for row in rows if logs[row].questions[0] not in judged]
+    return Made(lambda i: replay(tokenizer, logs[i], twice, cfg.system), rows)
 
 
-def replay(tokenizer, log, system=""):
-    """A logged conversation as the policy would see it, with the canonical ids of its answers: (the conversation with
-    the chosen last answer, the same with the rejected one)."""
+def hybrid_prompts(cfg, tokenizer, t):
+    """A share --hybrid of finished dialogues of the data, the others at s_1, in random order."""
+    online, offline = train_prompts(cfg, tokenizer, t), offline_prompts(cfg, tokenizer, t)
+    number = min(len(online), len(offline))
+    by_data = random.Random(seed_for(cfg.seed, "hybrid", t)).sample(range(number), round(cfg.hybrid * number))
+    by_data = set(by_data)
+    return Made(lambda i: offline[i] if i in by_data else online[i], range(number))
+
+
+def replay(tokenizer, log, twice=False, system=""):
+    """A logged conversation as the policy would see it, with the canonical ids of its answers; twice: (the conversation
+    with the chosen last answer, the same with the rejected one)."""
 
     def canonical(text):
         return encode(tokenizer, "", text) + [end_token(tokenizer)]
 
-    first = Dialogue.start(tokenizer, log.questions[0], log.secret, system=log.system or system or None)
+    first = Dialogue.start(tokenizer, log.questions[0], log.secret, limit=log.limit, system=log.system or system or None)
     for answer, question in zip(log.answers, log.questions[1:], strict=True):
         first.add_answer(tokenizer, canonical(answer)).add_user(tokenizer, question)
     second = first.copy()
     first.add_answer(tokenizer, canonical(log.chosen))
-    return first, second.add_answer(tokenizer, canonical(log.rejected))
+    return (first, second.add_answer(tokenizer, canonical(log.rejected))) if twice else first
 
 
 def longest(dialogues, cfg):
@@ -423,8 +469,7 @@ def longest(dialogues, cfg):
 
 def show(first, second, h, scores, tokenizer):
     """Both futures of one state as text: the prefix s_h, what of each is trained, and their rewards."""
-    H = max(len(first.spans), len(second.spans))
-    lines = [f"h = {h} of H = {H}, prefix of {len(first.reset(h).ids)} tokens"]
+    lines = [f"h = {h} of H = {max(first.turns, second.turns)}, prefix of {len(first.reset(h).ids)} tokens"]
     for m in first.conversation()[: len(first.conversation()) - len(first.messages) + 2 * h - 1]:
         lines.append(f"   {m['role']:10s} {m['content']}")
     for name, d, earned in zip(("y ", "y'"), (first, second), scores, strict=True):

@@ -110,6 +110,10 @@ class Reward:
         known = stated(messages)
         return sum(known.get(n) == v for n, v in zip(WISHES, proposal.groups())) / 4 if proposal else 0.0
 
+    def malformed(self, dialogues):
+        """How many answers of each dialogue propose nothing: a sign that a policy comes apart."""
+        return [sum(not PROPOSAL.match(m["content"]) for m in d.messages if m["role"] == "assistant") for d in dialogues]
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # The scripted clerk, whose dialogues the base policy imitates

@@ -49,6 +49,7 @@ class Logged(NamedTuple):
     rejected: str | None  # None where it has no second one, or one with another history
     secret: Any = None
     system: str | None = None
+    limit: int | None = None  # tokens of an answer, as of a Prompt
 
 
 class Logs(Sequence):
@@ -72,6 +73,7 @@ class Data(NamedTuple):
     train: list  # prompts
     test: list
     logs: Sequence  # conversations that begin with a training prompt, for the baselines that roll in by the data
+    twice: Sequence  # those of them that have a second answer, for the baselines that take the data's answers
     dropped: Counter  # rows by reason
 
 
@@ -89,14 +91,15 @@ def load_data(cfg, tokenizer):
 
 
 def draw(what, size, cfg, t):
-    """Which cfg.num_prompts of `size` rows iteration t takes.
+    """Which cfg.num_prompts of `size` rows iteration t takes; all of them where it is 0.
 
     Setting one draws from all of them in each iteration. Setting two goes through all of them (but the last few) before
     any comes again, pass after pass in another order."""
-    iterations = size // cfg.num_prompts if cfg.one_training else 1
+    number = cfg.num_prompts or size
+    iterations = size // number if cfg.one_training else 1
     done, part = divmod(t - 1, iterations)
-    rows = random.Random(seed_for(cfg.seed, what, done + 1)).sample(range(size), iterations * cfg.num_prompts)
-    return rows[part * cfg.num_prompts :][: cfg.num_prompts]
+    rows = random.Random(seed_for(cfg.seed, what, done + 1)).sample(range(size), iterations * number)
+    return rows[part * number :][:number]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -110,16 +113,18 @@ def read_data(name, tokenizer_path, fixed, max_turns, longest):
 
     fixed: the questions to come are the data's own (setting two); then a prompt is a list of all questions, with the
     caps of that setting. Else it is a first prompt of at most `longest` tokens. Prompts are de-duplicated, and those
-    with one first prompt are on one side of the split. Rows pass by and are not held: what stays is the questions."""
+    with one first prompt are on one side of the split. Rows pass by and are not held: what stays is the questions.
+    The baselines roll in by all conversations of at most max_turns turns, and in setting two by those of the prompts:
+    REFUEL's conversations, caps and de-duplication."""
     tokenizer, dropped = load_tokenizer(tokenizer_path), Counter()
-    size, usable = 0, Counter()  # by first prompt: its conversations that the baselines could roll in by
+    size, firsts, usable = 0, set(), []  # first prompts; conversations to roll in by
     known, prompts = {}, {}  # the part of the data that a prompt is in; prompts by first prompt
     texts, untested = {}, set()  # first prompts of test rows that are dropped: not trained on either
     rows = data_rows(name)
     while batch := list(itertools.islice(rows, BATCH)):
+        new, first_row = [], size
         size += len(batch)
-        new = []
-        for part, row in batch:
+        for number, (part, row) in enumerate(batch, first_row):
             log = logged(row)
             if isinstance(log, str):
                 dropped[log] += 1
@@ -127,38 +132,64 @@ def read_data(name, tokenizer_path, fixed, max_turns, longest):
                     untested.update(first_question(row))
                 continue
             key = shared(texts, log.questions) if fixed else log.questions[0]
-            usable[log.questions[0]] += is_usable(log, max_turns)
+            place = Place(number, shared(texts, log.questions[:1])[0], len(log.questions), bool(log.rejected))
+            firsts.add(place.opening)
+            if not fixed and place.turns <= max_turns and log.chosen is not None:
+                usable.append(place)
+            if fixed and "trajectory" in row and max_turns > len(ULTRAINTERACT_CAPS):
+                raise BadInput(f"--max-turns {max_turns}: Table 5 has limits for up to {len(ULTRAINTERACT_CAPS)} turns of "
+                               f"--dataset {name}")  # fmt: skip
             if key in known:
                 dropped["duplicate"] += 1
                 known[key] = min(known[key], part)
             else:
                 known[key] = part
-                new.append((key, log, caps_of(row, log)))
-        for (key, log, caps), why in zip(new, too_long(tokenizer, new, fixed, max_turns, longest), strict=True):
+                new.append((key, log, caps_of(row, log), place))
+        for (key, log, caps, place), why in zip(new, too_long(tokenizer, new, fixed, max_turns, longest), strict=True):
             if why:
                 dropped[why] += 1
                 continue
+            if fixed and log.chosen is not None:
+                usable.append(place._replace(limit=caps[1]))
             prompt = Prompt(key[0], list(key[1:]), caps[1]) if fixed else Prompt(key)
             prompt = prompt._replace(system=log.system)
             prompts.setdefault(prompt.text, []).append(prompt)
-    train, test, held_out, whose = split(usable, known, untested, prompts, dropped, fixed)
+    train, test, held_out, whose = split(firsts, known, untested, prompts, dropped, fixed)
     sizes = f"{name}: {size} rows, {len(train)} training and {len(test)} test prompts{whose}; dropped: {dict(dropped)}"
     if not (train and test):
         raise BadInput(f"--dataset {sizes}")
+    places = [place for place in usable if place.opening not in held_out]
+    twice = [place for place in places if place.rejected]
     if rank() == 0:
-        print(sizes, flush=True)
-    size = sum(number for text, number in usable.items() if text not in held_out)
-    return Data(train, test, Logs(size, functools.partial(read_logs, name, held_out, max_turns, size)), dropped)
+        print(f"{sizes}; conversations of 1, 2, ... turns: {shares(places)}, with two answers: {shares(twice)}", flush=True)
+    logs, pairs = (Logs(len(kept), functools.partial(read_logs, name, kept)) for kept in (places, twice))
+    return Data(train, test, logs, pairs, dropped)
 
 
-def split(usable, known, untested, prompts, dropped, fixed):
+class Place(NamedTuple):
+    """Where a conversation stands in the data set, and what of it decides who reads it."""
+
+    row: int
+    opening: str
+    turns: int
+    rejected: bool  # whether it has a second answer
+    limit: int | None = None  # tokens of an answer, in setting two
+
+
+def shares(places):
+    """The share of conversations with 1, 2, ... turns, in words (Tables 3 and 4)."""
+    counts = Counter(place.turns for place in places)
+    return ", ".join(f"{counts[n] / len(places):.3f}" for n in range(1, max(counts, default=0) + 1)) or "none"
+
+
+def split(firsts, known, untested, prompts, dropped, fixed):
     """(training prompts, test prompts, the first prompts that are not trained on, a word on where the test is from).
 
     A data set's own test rows, or else its validation rows, are the test, and no first prompt of either is trained on.
     Where it has none the split depends on the texts alone, neither on the order of the rows nor on any length or
     tokenizer, so that no other flag can bring a training prompt into the test. (The released code splits rows, without
     a seed, and shares first prompts between training and test.)"""
-    order = sorted(usable, key=lambda text: seed_for("split", text))
+    order = sorted(firsts, key=lambda text: seed_for("split", text))
     parts = set(known.values())
     own = TRAIN in parts and (len(parts) > 1 or bool(untested))
     where = dict.fromkeys(order, TRAIN)
@@ -187,17 +218,20 @@ def split(usable, known, untested, prompts, dropped, fixed):
     return train, test, held_out, whose
 
 
-def read_logs(name, held_out, max_turns, size):
+def read_logs(name, places):
     """The conversations that the baselines roll in by; texts that several of them share are held once."""
-    found, texts = [], {}
-    for _, row in data_rows(name):
-        log = logged(row)
-        if isinstance(log, str) or log.questions[0] in held_out or not is_usable(log, max_turns):
+    found, texts, wanted = [], {}, {place.row: place for place in places}
+    for number, (_, row) in enumerate(data_rows(name)):
+        if number not in wanted:
             continue
+        log, place = logged(row), wanted.pop(number)
+        if isinstance(log, str) or (log.questions[0], len(log.questions), bool(log.rejected)) != place[1:4]:
+            wanted[number] = place
+            break
         questions, answers = shared(texts, log.questions), shared(texts, log.answers)
         chosen, rejected = shared(texts, (log.chosen, log.rejected))
-        found.append(Logged(questions, answers, chosen, rejected, list(questions[1:]), log.system))
-    if len(found) != size:
+        found.append(Logged(questions, answers, chosen, rejected, list(questions[1:]), log.system, place.limit))
+    if wanted:
         raise BadInput(f"--dataset {name} was changed while it was read: start again")
     return found
 
@@ -205,10 +239,6 @@ def read_logs(name, held_out, max_turns, size):
 def shared(texts, row):
     """The same texts as a tuple, each the one object that `texts` holds of it."""
     return tuple(texts.setdefault(text, text) for text in row)
-
-
-def is_usable(log, max_turns):
-    return bool(log.rejected) and len(log.questions) <= max_turns
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -224,7 +254,7 @@ def logged(row):
         if "trajectory" in row:
             history, chosen, rejected = turns_of(row["trajectory"]), row["chosen"], row["rejected"]
         elif only_opens(row):
-            history, chosen, rejected = opened(row), None, None
+            (history, chosen), rejected = opened(row), None
         else:
             *history, (role, chosen) = conversation(row, row["chosen"])
             *other, (other_role, rejected) = conversation(row, row["rejected"])
@@ -242,7 +272,7 @@ def logged(row):
     try:
         texts = [checked(text) for _, text in history]
         rejected = rejected and checked(rejected)
-        chosen = None if only_opens(row) else checked(chosen)
+        chosen = None if chosen is None and only_opens(row) else checked(chosen)
         system = system and checked(system)
         return Logged(tuple(texts[::2]), tuple(texts[1::2]), chosen, rejected, texts[2::2], system)
     except BadInput:
@@ -255,7 +285,7 @@ def first_question(row):
         if "trajectory" in row:
             turns = turns_of(row["trajectory"])
         else:
-            turns = opened(row) if only_opens(row) else conversation(row, row["chosen"])
+            turns = opened(row)[0] if only_opens(row) else conversation(row, row["chosen"])
         return [checked(next(text for role, text in turns if role == "user"))]
     except (ValueError, TypeError, KeyError, StopIteration):  # BadInput, of an empty turn, is a ValueError
         return []
@@ -287,10 +317,12 @@ def only_opens(row):
 
 
 def opened(row):
-    """[(role, text)] up to the last user's turn, of a row that has no two answers to it."""
+    """([(role, text)] up to the last user's turn, the answer to it or None) of a row that has no two answers."""
     whole = row.get("messages") or row.get("conversations")
     turns = turns_of(whole) if whole else prompt_turns(row["prompt"])
-    return turns[:-1] if turns and turns[-1][0] == "assistant" else turns
+    if turns and turns[-1][0] == "assistant":
+        return turns[:-1], turns[-1][1]
+    return turns, None
 
 
 def is_whole(value):
@@ -332,18 +364,17 @@ def caps_of(row, log):
 
 
 def too_long(tokenizer, new, fixed, max_turns, longest):
-    """For each (key, conversation, caps) the reason why it cannot be a prompt, or None."""
+    """For each (key, conversation, caps, place) the reason why it cannot be a prompt, or None."""
     before, after, between, later = template_pieces(tokenizer)
     first, more = len(encode(tokenizer, before + after)), len(encode(tokenizer, between + later))
     if not fixed:
-        over = longer_than(tokenizer, [(log.questions[0], longest - first) for _, log, _ in new])
+        over = longer_than(tokenizer, [(log.questions[0], longest - first) for _, log, *_ in new])
         return ["prompt too long" if each else None for each in over]
-    max_turns = min(max_turns, len(ULTRAINTERACT_CAPS))
-    reasons = [f"more than {max_turns} turns" if len(log.questions) > max_turns else None for _, log, _ in new]
+    reasons = [f"more than {max_turns} turns" if len(log.questions) > max_turns else None for _, log, *_ in new]
 
     def drop(why, limits_of):
         asked, limits = [], []
-        for row, (_, log, caps) in enumerate(new):
+        for row, (_, log, caps, _) in enumerate(new):
             if reasons[row] is None:
                 found = limits_of(log, caps)
                 asked += [row] * len(found)

@@ -3,6 +3,7 @@ import glob
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -117,20 +118,48 @@ def even_quotes(text):
     return sum(text.count(mark) for mark in "\"'“”‘’") % 2 == 0
 
 
+# Tokens of a prompt and a reply, by the beginning of a model's name; the longest that fits decides
+CONTEXTS = {"gpt-4": 8192, "gpt-4-32k": 32768, "gpt-4-1": 128_000, "gpt-4-turbo": 128_000, "gpt-4o": 128_000,
+            "gpt-4.1": 1_000_000, "gpt-3.5-turbo": 16_385}  # fmt: skip
+
+
+def context_of(model):
+    """The judge's context in tokens where its name is known (the paper's gpt-4-0613: 8,192); else None."""
+    known = [name for name in CONTEXTS if model.startswith(name)]
+    return CONTEXTS[max(known, key=len)] if known else None
+
+
 class LLMJudge:
     """A judge for evaluate.win_rate that asks a language model in both orders: the same winner twice is a win, all else a tie.
 
     ask(prompts)  yields (number of the prompt, reply, None) or (number, None, why) as they come: Server or Local
     model         names the model in the cache; folder: the replies, one jsonl a rank. Failures are never kept
+    room          the most tokens of a prompt, by `count`(prompt); longer ones are not asked and count as unanswered
     counts        asked (pairs), flips (another winner in the other order), unparsable (replies), unanswered"""
 
-    def __init__(self, ask, model, folder, wording=ULTRAINTERACT):
+    def __init__(self, ask, model, folder, wording=ULTRAINTERACT, room=math.inf, count=len):
         self.ask, self.model, self.folder, self.wording, self.counts = ask, model, folder, wording, Counter()
+        self.room, self.count = room, count
         os.makedirs(folder, exist_ok=True)
 
-    def __call__(self, a, b):
+    def questions(self, a, b):
+        """(both texts of each comparison, both prompts of each whose texts differ)."""
         texts = [(quoted(x.messages), quoted(y.messages)) for x, y in zip(a, b, strict=True)]
-        both = [(question(x, y, self.wording), question(y, x, self.wording)) for x, y in texts if x != y]
+        return texts, [(question(x, y, self.wording), question(y, x, self.wording)) for x, y in texts if x != y]
+
+    def check_room(self, a, b):
+        """Before anything is asked and paid for: whether whole dialogues, the longest that will be compared, fit."""
+        if self.room == math.inf:
+            return
+        sizes = [self.count(prompt) for prompt, _ in self.questions(a, b)[1]]
+        over = sum(size > self.room for size in sizes)
+        if over > FAILURES * len(sizes):
+            raise BadInput(f"{over} of {len(sizes)} comparisons of whole dialogues have more tokens than the {self.room} "
+                           f"that --judge-context leaves a prompt, up to {max(sizes)}: take a judge with a longer context, "
+                           "or fewer --max-turns")  # fmt: skip
+
+    def __call__(self, a, b):
+        texts, both = self.questions(a, b)
         replies = self.replies(list(dict.fromkeys(prompt for pair in both for prompt in pair)))
         self.check(replies)
         verdicts = iter([self.verdict(*(replies.get(prompt) for prompt in pair)) for pair in both])
@@ -157,7 +186,9 @@ class LLMJudge:
         known = self.kept()
         barrier()  # every rank has read before any rank writes: all see the same questions open
         missing = [p for p in prompts if self.key(p) not in known][rank() :: world()]
-        reasons = []
+        fitting = [p for p in missing if self.room == math.inf or self.count(p) <= self.room]
+        reasons = ["it is longer than --judge-context leaves room for"] * (len(missing) - len(fitting))
+        total, missing = len(missing), fitting
         with open(os.path.join(self.folder, f"rank_{rank()}.jsonl"), "a", encoding="utf-8") as file:
             bar = tqdm(self.ask(missing) if missing else (), "judge", len(missing), disable=rank() > 0 or not missing)
             for i, reply, why in bar:
@@ -166,9 +197,9 @@ class LLMJudge:
                 else:  # the line break comes first: a line that a kill has torn cannot spoil the next one
                     file.write("\n" + json.dumps({"key": self.key(missing[i]), "reply": reply}))
                     file.flush()
-        if len(reasons) > FAILURES * len(missing):  # those few count as ties, and are asked again next time
+        if len(reasons) > FAILURES * total:  # those few count as ties, and are asked again next time
             why = next(filter(None, reasons))
-            raise BadInput(f"the judge failed {len(reasons)} of {len(missing)} questions ({why}); its other answers "
+            raise BadInput(f"the judge failed {len(reasons)} of {total} questions ({why}); its other answers "
                            "are kept: run the same command again to resume")  # fmt: skip
         barrier()
         known = self.kept()

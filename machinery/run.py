@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from machinery import files, fsdp
 from machinery.files import BadInput, iteration_folder, kept_policies, policy_folder
+from machinery.held_out import HeldOut
 from machinery.logps import old_logps
 from machinery.meter import describe
 from machinery.ranks import barrier, dtype, in_waves, on_rank_0, rank, world
@@ -119,6 +120,10 @@ class Run:
     def begin(self, t):
         self.t, self.folder = t, iteration_folder(self.cfg.out, t)
 
+    def checkpoint_of(self, t):
+        """The checkpoint that iteration t ended with; pi_1 for 0."""
+        return policy_folder(self.cfg.out, t) if t else self.cfg.policy
+
     def resume(self):
         """Bring a stopped run's weights back, in setting two its optimiser too; returns the last finished iteration."""
         cfg = self.cfg
@@ -160,42 +165,64 @@ class Run:
         speaks}, whose `tokens`, if it has any, are logged."""
         cfg, start = self.cfg, time.monotonic()
 
+        malformed = getattr(speakers.get("reward"), "malformed", None)
+
         def wave(rows, number):
             dropped = Counter()
             pairs = play(rows, np.random.default_rng([cfg.seed, self.t, number]), dropped)
             check_failures(dropped["user"], len(rows), cfg)
+            said = [d for pair in pairs for d in pair.dialogues]
+            broken = [int(sum(malformed(said))), sum(len(d.spans) for d in said)] if malformed else [0, 0]
             if number == 0 and len(pairs) >= 16 and all(p.rewards[0] == p.rewards[1] for p in pairs):
                 raise BadInput(f"--reward {cfg.reward} gives both conversations of each of {len(pairs)} pairs the same "
                                "number: there is nothing to learn from it")  # fmt: skip
-            return [{"dropped": dropped}, *(pair.to_json() for pair in pairs)]
+            return [{"dropped": dropped, "malformed": broken}, *(pair.to_json() for pair in pairs)]
 
         tokens = {name: s.tokens for name, s in speakers.items() if hasattr(s, "tokens")}
         for counter in tokens.values():
             counter.clear()
         path = os.path.join(self.folder, "pairs.jsonl")
         rows = in_waves(path, prompts, cfg.wave, wave, f"iteration {self.t}: collect")
-        pairs, dropped = [], Counter()
+        pairs, dropped, broken = [], Counter(), np.zeros(2)
         for row in rows:
             if "dropped" in row:
                 dropped.update(row["dropped"])
+                broken += row["malformed"]
             else:
                 pairs.append(read(row))
         if not pairs:
             raise BadInput(f"no pair is left of {len(prompts)} prompts: {dict(dropped)}")
         if rank() == 0:
-            self.report_pairs(pairs, len(prompts), dropped, tokens, round(time.monotonic() - start, 1))
+            self.report_pairs(pairs, len(prompts), dropped, broken, tokens, round(time.monotonic() - start, 1))
         return pairs
 
-    def report_pairs(self, pairs, prompts, dropped, tokens, seconds):
+    def report_pairs(self, pairs, prompts, dropped, broken, tokens, seconds):
         if all(p.rewards[0] == p.rewards[1] for p in pairs):
             print(f"iteration {self.t}: in no pair do the two rewards differ; Eq. 1 then keeps the policy as it is", flush=True)
         if os.path.exists(os.path.join(self.folder, "logps.jsonl")):
             return
-        print(f"{len(pairs)} pairs of {prompts} prompts; dropped: {dict(dropped)}", flush=True)
         cut = [truncated[p.h - 1] for p in pairs for truncated in p.truncated]
-        log(self.cfg, {"iteration": self.t, "phase": "collect", "pairs": len(pairs), "dropped": dropped,
-                       "reward": float(np.mean([p.rewards for p in pairs])), "truncated": float(np.mean(cut)),
-                       "tokens": tokens, "seconds": seconds})  # fmt: skip
+        reward_N = np.mean([p.rewards for p in pairs], axis=1)  # the two of a pair share a prefix: not independent
+        row = {"iteration": self.t, "phase": "collect", "pairs": len(pairs), "dropped": dropped,
+               "reward": float(reward_N.mean()), "reward_error": float(reward_N.std() / len(pairs) ** 0.5),
+               "truncated": float(np.mean(cut)), "P(H)": shares([p.H for p in pairs]), "P(h)": shares([p.h for p in pairs]),
+               "tokens": tokens, "seconds": seconds}  # fmt: skip
+        if broken[1]:
+            row["malformed"] = round(broken[0] / broken[1], 5)
+        print(f"{len(pairs)} pairs of {prompts} prompts; P(H) {row['P(H)']}, P(h) {row['P(h)']}; dropped: {dict(dropped)}",
+              flush=True)  # fmt: skip
+        before = self.row_of(self.t - 1, "collect")
+        spoke = any(math.isfinite(logp) for p in pairs for logp in p.engine_logps)  # and not a data set
+        if before and spoke and not self.cfg.one_training:  # two updates of 32 prompts differ by their prompts
+            for line in gone_bad(row, before):
+                print(line, flush=True)
+        log(self.cfg, row)
+
+    def row_of(self, t, phase):
+        """The last line that metrics.jsonl has of an iteration's phase; None if there is none."""
+        path = os.path.join(self.cfg.out, "metrics.jsonl")
+        rows = files.read_lines(path, torn=True) if t and os.path.exists(path) else []
+        return next((row for row in reversed(rows) if (row["iteration"], row["phase"]) == (t, phase)), None)
 
     # --- ln pi_t and ln pi_0 -------------------------------------------------------------------------------------
 
@@ -251,7 +278,7 @@ class Run:
         row = {"iteration": self.t, "phase": "logps"}
         gap = engine_gap(pairs, logps)
         if gap is not None:
-            row["engine_gap"] = float(f"{gap:.3g}")
+            row |= {"engine_gap": float(f"{gap:.3g}")} | self.moved(pairs, logps)
         if self.cfg.gamma:
             row["kl_0"] = float(np.mean(np.subtract(logps, base)))
         if rank() == 0:
@@ -259,33 +286,64 @@ class Run:
             log(self.cfg, row)
         check_gap(gap, self.t)
 
+    def moved(self, pairs, logps):
+        """KL(pi_t, pi_{t-1}) of a response in nats, from pi_t's own samples, and its error: what the last iteration did.
+        In training `kl` is known from pi_{t-1}'s samples alone, among which what only pi_t says hardly occurs. Of 500
+        pairs; the model is the last iteration's for a moment."""
+        if self.t == 1 or self.cfg.one_training:  # an update of setting two leaves no checkpoint
+            return {}
+        few = pairs[:500]
+        fsdp.read_slices(self.model, self.checkpoint_of(self.t - 2))
+        before = old_logps(self.model, few, self.cfg).numpy()
+        fsdp.read_slices(self.model, self.checkpoint_of(self.t - 1))
+        ratio_N2 = np.array(logps[: len(few)]) - before
+        error = ratio_N2.mean(1).std() / len(few) ** 0.5
+        return {"kl_own": float(f"{ratio_N2.mean():.4g}"), "kl_own_error": float(f"{error:.2g}")}
+
     # --- training ------------------------------------------------------------------------------------------------
+
+    def hold_out(self, pairs, loss_fn):
+        """The pairs that are trained on: all but the last --validation ones."""
+        self.held_out = HeldOut(pairs, self.cfg, loss_fn, self.t)
+        return self.held_out.training
 
     def first_step(self):
         """The step at which the iteration's training resumes."""
         self.start = time.monotonic()
-        return fsdp.load_training(self.folder, self.model, self.optimizer)
+        return self.held_out.resume(fsdp.load_training(self.folder, self.model, self.optimizer))
 
     def after_step(self, step, metrics):
-        """Log a step's metrics and, now and then, save the training in progress."""
-        cfg = self.cfg
+        """Log a step's metrics; now and then look at the held-out pairs and save the training in progress. Returns
+        whether the training is over before its last epoch is."""
+        cfg, looks = self.cfg, self.held_out.due(step)
+        if looks:
+            metrics |= self.held_out.look(self.model, step)
         if rank() == 0:
             row = {"iteration": self.t, "phase": "regress", "step": step, "seconds": round(time.monotonic() - self.start, 1)}
             for name, value in metrics.items():
                 row[name] = float(f"{value:.6g}") if isinstance(value, float) else value
             log(cfg, row)
+        if looks:
+            self.held_out.keep_best(self.folder, self.model, step)
         if cfg.snapshot_steps and (step + 1) % cfg.snapshot_steps == 0:
             fsdp.save_policy(os.path.join(self.folder, f"step_{step + 1}"), self.model, cfg.policy)
         if (step + 1) % cfg.checkpoint_steps == 0:
             fsdp.save_training(self.folder, self.model, self.optimizer, step)
+            self.held_out.forget_others(self.folder)
+        return self.held_out.over()
 
     def finish(self):
-        """The end of an iteration: its policy is kept. Of setting two's thousands only every policy_every-th and the last
+        """The end of an iteration: its policy, with --patience that of the best look, is kept. Of setting two's thousands only every policy_every-th and the last
         is, the training state of every checkpoint_steps-th replaces the one before, and other iterations leave no file."""
         cfg, last = self.cfg, self.t == self.cfg.iterations
         keep = last or not cfg.one_training or self.t % cfg.policy_every == 0
+        if self.held_out.pairs and rank() == 0:
+            print(f"iteration {self.t}: held-out loss {self.held_out.looks}; least after {self.held_out.best()} of "
+                  f"{self.held_out.steps} steps", flush=True)  # fmt: skip
+        self.held_out.take_best(self.folder, self.model, self.checkpoint_of(self.t - 1))
         if keep:
             fsdp.save_policy(policy_folder(cfg.out, self.t), self.model, cfg.policy)
+            self.held_out.remove(self.folder)
         fsdp.remove_training(self.folder)
         if cfg.one_training and last:
             fsdp.remove_training(cfg.out)
@@ -293,6 +351,25 @@ class Run:
             fsdp.save_training(cfg.out, self.model, self.optimizer, self.t)
         if not keep and rank() == 0:
             shutil.rmtree(self.folder)
+
+
+def shares(turns):
+    """The share of each number of turns, 1 to the most: P(H) or P(h) of the pairs that are kept."""
+    return np.round(np.bincount(turns)[1:] / len(turns), 3).tolist()
+
+
+def gone_bad(now, before):
+    """What is worse about the policy that collected than about the one before it, beyond noise (two standard errors): its
+    reward, from other prompts of one law, and the shares of its answers that are malformed or were cut. At most a line."""
+    found, noise = [], 2 * math.hypot(now["reward_error"], before["reward_error"])
+    if now["reward"] < before["reward"] - noise:
+        found.append(f"mean reward {before['reward']:.3f} to {now['reward']:.3f} (noise {noise:.3f})")
+    for name in ("malformed", "truncated"):
+        old, new = before.get(name, 0), now.get(name, 0)
+        if new > old + 2 * math.sqrt(2 * max(old, 1 / before["pairs"]) / now["pairs"]):
+            found.append(f"{name} answers {old:.2%} to {new:.2%}")
+    words = f"iteration {before['iteration']} has made the policy worse: {'; '.join(found)} (see docs/metrics.md)"
+    return [words] if found else []
 
 
 # Nats a token. float32: two ways of summing differ by 1e-6 to 1e-5 (measured, both engines), and a hundred times that

@@ -42,16 +42,19 @@ class Config:
     out: str  # the run's folder
     seed: int
     iterations: int  # T of Algorithm 1; 0, in setting two: as many as one pass over the training prompts has
-    num_prompts: int  # prompts an iteration; each gives at most one pair
+    num_prompts: int  # prompts an iteration; each gives at most one pair. 0, setting one: all there are (the paper)
     # 0, setting one: every iteration is a training of its own and draws from all prompts. N, setting two: iterations
     # are the updates of one training (one optimiser, one schedule, prompts pass by pass) and every N-th policy is kept.
     policy_every: int
     max_turns: int  # H ~ U(max_turns), section 4.2
+    reset_law: str  # of (h, H): paper, H ~ U(max_turns) and h ~ U(H); or uniform over all h <= H (docs/baselines.md)
+    hybrid: float  # refuel-hybrid of baselines.py: the share of roll-ins that are the data's own
     max_new_tokens: int  # a turn of the assistant
     max_length: int  # the engine's context: a dialogue that may outgrow it is dropped and counted
     max_dialogue: int  # section 4.2: a finished dialogue of more tokens is dropped, y's and y''s by one rule
     temperature: float  # of sampling and of ln pi in the loss, which must agree; no top-p, no top-k
     eta: float  # Eq. 1
+    beta: float  # DPO's, which has no unit; eta's is 1 / reward
     gamma: float  # Eq. 11: the weight of ln pi_t/pi_0 in the reward
     penalty: float  # Eq. 11's Gamma: the reward of a dialogue with an answer that was cut; 0: it keeps its score
     train_layers: int  # the last so many layers learn, all else is frozen; 0: everything learns
@@ -59,7 +62,11 @@ class Config:
     warmup: float  # share of the steps; then a cosine to 0. Setting two: none, and linear to 0 over the updates
     weight_decay: float
     batch_size: int  # pairs a step, over all ranks
-    epochs: int  # passes over an iteration's pairs
+    epochs: int  # passes over an iteration's pairs; with --patience the most of them
+    validation: int  # pairs of an iteration, at most an eighth, held out and looked at every checkpoint_steps steps
+    # looks at the held-out pairs without a new best loss after which a training ends, with its best policy; 0: none,
+    # a training ends with its last epoch
+    patience: int
     micro_tokens: int  # tokens of one forward and backward on one rank
     activation_checkpointing: str  # what of a layer runs again in the backward: none, selective (no product), full
     replicas: int  # copies of the weights; 1: sharded over all ranks; the number of nodes: within each node
@@ -68,6 +75,8 @@ class Config:
     wave: int  # dialogues that an engine plays at once: the unit of work, of seeds and of resuming
     eval_wave: int  # the same of the evaluation
     eval_dialogues: int  # section 4.2: 500; more here, since one turn's interval is 4.4 points wide at 500
+    eval_split: str  # test; or validation, training prompts that are then not trained on: what constants are chosen on
+    eval_temperature: float  # of the policies in the evaluation; 0: --temperature, as in training
 
     @property
     def one_training(self):
@@ -79,11 +88,13 @@ SETTINGS = {
     # eta is REFUEL's best of the grid in docs/baselines.md; lr 5e-4 diverges. The world is described in toy.py.
     "toy": dict(
         policy="toy", reference="toy", user="toy", reward="toy", dataset="toy", engine="auto", out="runs/toy", seed=0,
-        user_model="", user_temperature=0.8, user_tokens=64, max_failures=0.05, reward_tokens=256, max_dialogue=256,
-        iterations=2, num_prompts=2048, policy_every=0, max_turns=5, max_new_tokens=16, max_length=256, temperature=1.0, system="",
-        eta=30.0, gamma=0.0, penalty=0.0, train_layers=0, lr=1e-4, warmup=0.1, weight_decay=1e-6, batch_size=32,
-        epochs=1, micro_tokens=4096, activation_checkpointing="none", replicas=1, checkpoint_steps=50,
-        snapshot_steps=0, wave=512, eval_wave=512, eval_dialogues=1000,
+        user_model="", user_temperature=0.8, user_tokens=64, max_failures=0.05,
+        reward_tokens=512, max_dialogue=512, max_length=512,  # room for 20 turns; the base policy has 512 positions
+        iterations=2, num_prompts=2048, policy_every=0, max_turns=5, reset_law="paper", hybrid=0.5, max_new_tokens=16,
+        temperature=1.0, system="", eta=100.0, beta=0.1, gamma=0.0, penalty=0.0, train_layers=0, lr=1e-4, warmup=0.1,
+        weight_decay=1e-6, batch_size=32, epochs=2, validation=256, patience=2, micro_tokens=4096,
+        activation_checkpointing="none", replicas=1, checkpoint_steps=32, snapshot_steps=0, wave=512, eval_wave=512,
+        eval_dialogues=1000, eval_split="test", eval_temperature=0.0,
     ),
     "one": dict(
         policy="meta-llama/Meta-Llama-3-8B-Instruct",  # section 4.2; the reference is pi_1 itself
@@ -96,18 +107,27 @@ SETTINGS = {
         dataset="ultrainteract", system="", engine="auto", out="runs/one", seed=0,
         iterations=2, policy_every=0,  # section 4.2
         num_prompts=64_000,  # the released README's episodes, before what is dropped
-        max_turns=5,  # section 4.2: H ~ U(5)
+        max_turns=5, reset_law="paper",  # section 4.2: H ~ U(5), h ~ U(H)
+        hybrid=0.5,  # ours: the paper only mentions it
         max_new_tokens=1024, temperature=0.8,  # the released README
         max_length=8192,  # Llama 3's context: evaluation has no limit of its own
-        max_dialogue=2048,  # sections 4.2 and C.4
+        # Sections 4.2 and C.4: 2,048. That drops pairs by the length which their own H gave: with answers of 350 and
+        # questions of 125 tokens 71 % stay, P(H = 5) falls to .02 and P(h = 5) to .007 of 1/5 and 1/25, and hardly a
+        # late turn is trained. (Released code: all roll to five turns and the first dialogue's length alone decides,
+        # whatever H is: the law holds, 29 to 32 % stay, and y and y' are treated unlike.) At 3,072, 98.5 % stay and
+        # P(H = 5) is .19.
+        max_dialogue=3072,
         eta=1e3, lr=3e-7, warmup=0.1, weight_decay=1e-6, batch_size=128, epochs=1,  # the released README; C.3
+        beta=0.1,  # ours: DPO's is not published; the middle of what is usual (0.01 to 0.5)
+        validation=500, patience=0,  # the released code's; it trains its one epoch to the end, and so does this
         gamma=0.0, penalty=0.0, train_layers=0,  # C.1: Eq. 11 is setting two's, and all layers are trained
-        micro_tokens=3072,  # ours: no pair is longer (2,048 and another answer); see --plan for the memory
+        micro_tokens=4096,  # ours: no pair is longer (3,072 and another answer); see --plan for the memory
         activation_checkpointing="selective", replicas=1,
         checkpoint_steps=50, snapshot_steps=0,
         # ours: as many full-length dialogues as fit in the KV cache beside the user's part of an 80-GB GPU, see --plan
         wave=64, eval_wave=64,
-        eval_dialogues=500,  # section 4.2
+        eval_dialogues=500, eval_split="test",  # section 4.2
+        eval_temperature=0.0,  # ours: that of training; the paper is silent
     ),
     "two": dict(
         policy="meta-llama/Meta-Llama-3-8B-Instruct",  # section 4.3
@@ -121,6 +141,9 @@ SETTINGS = {
         epochs=4,  # the released code: four steps on each |D|; the paper's one epoch is the pass over the data
         policy_every=500, checkpoint_steps=20,  # ours: a policy takes 32 GB, a training state 10
         max_turns=5, max_dialogue=3200,  # section 4.3; C.4 (section 4.3 itself says 2,048 tokens)
+        reset_law="paper",  # H is the number of questions, h ~ U(H)
+        hybrid=0.5, beta=0.1,  # ours, as in setting one
+        validation=0, patience=0,  # an update has 32 pairs
         max_new_tokens=1024,  # Table 5; fewer for dialogues of more turns, see data.ULTRAINTERACT_CAPS
         max_length=4352,  # ours: 3,200 and the longest answer
         temperature=1.0,  # the released code
@@ -129,17 +152,20 @@ SETTINGS = {
         train_layers=4,  # C.1
         warmup=0.0, micro_tokens=8192, activation_checkpointing="selective", replicas=1, snapshot_steps=0,
         wave=4, eval_wave=64,  # ours: 8 ranks share 32 prompts, and 500 in the evaluation
-        eval_dialogues=500,  # section 4.3
+        eval_dialogues=500, eval_split="test",  # section 4.3
+        eval_temperature=0.0,  # ours: that of training, as KL needs; the released code evaluates at 0.01
     ),
     # Ours: a person's own task on a small model (--world FILE.py). What cannot be guessed is empty and asked for; the
     # rest is where to begin: eta for rewards in [0, 1], lr for a model of 0.1 to 1 billion parameters.
     "world": dict(
         policy="", reference="", user="", reward="", dataset="", system="", engine="auto", out="runs/world", seed=0,
-        user_model="", user_temperature=0.8, user_tokens=256, max_failures=0.05, reward_tokens=2048, max_dialogue=2048,
-        iterations=2, num_prompts=512, policy_every=0, max_turns=5, max_new_tokens=256, max_length=2048, temperature=1.0,
-        eta=10.0, gamma=0.0, penalty=0.0, train_layers=0, lr=5e-6, warmup=0.1, weight_decay=1e-6, batch_size=32,
-        epochs=1, micro_tokens=4096, activation_checkpointing="selective", replicas=1, checkpoint_steps=50,
-        snapshot_steps=0, wave=64, eval_wave=64, eval_dialogues=100,
+        user_model="", user_temperature=0.8, user_tokens=256, max_failures=0.05,
+        reward_tokens=2048, max_dialogue=2048, max_length=2048,
+        iterations=2, num_prompts=512, policy_every=0, max_turns=5, reset_law="paper", hybrid=0.5, max_new_tokens=256,
+        temperature=1.0, eta=10.0, beta=0.1, gamma=0.0, penalty=0.0, train_layers=0, lr=5e-6, warmup=0.1,
+        weight_decay=1e-6, batch_size=32, epochs=1, validation=64, patience=0, micro_tokens=4096,
+        activation_checkpointing="selective", replicas=1, checkpoint_steps=50, snapshot_steps=0, wave=64, eval_wave=64,
+        eval_dialogues=100, eval_split="test", eval_temperature=0.0,
     ),
 }  # fmt: skip
 # Where the data set's name says hh (a hub id or a path does as well), the values of setting two that differ: C.4 and
@@ -174,11 +200,11 @@ def did_you_mean(word, names, most=3):
 GROUPS = {
     "models": "policy reference user user_model user_temperature user_tokens max_failures reward reward_tokens engine",
     "data": "dataset system num_prompts",
-    "sampling": "max_turns max_new_tokens max_length max_dialogue temperature wave",
-    "loss": "eta gamma penalty",
-    "optimiser": "lr warmup weight_decay batch_size epochs train_layers",
+    "sampling": "max_turns reset_law hybrid max_new_tokens max_length max_dialogue temperature wave",
+    "loss": "eta beta gamma penalty",
+    "optimiser": "lr warmup weight_decay batch_size epochs validation patience train_layers",
     "memory": "micro_tokens activation_checkpointing replicas",
-    "evaluation": "eval_dialogues eval_wave",
+    "evaluation": "eval_dialogues eval_wave eval_split eval_temperature",
 }
 WORLD = dict(metavar="FILE.py", help="your own prompts, user and reward in one file, short for --dataset FILE.py --user "
              "FILE.py --reward FILE.py, with its DEFAULTS (docs/world.md); without --setting: setting world")  # fmt: skip
@@ -285,10 +311,12 @@ def engine_name(cfg):
     return "vllm" if importlib.util.find_spec("vllm") else "transformers"
 
 
-POSITIVE = """num_prompts max_turns max_new_tokens eta lr temperature epochs micro_tokens checkpoint_steps wave
+POSITIVE = """max_turns max_new_tokens eta beta lr temperature epochs micro_tokens checkpoint_steps wave
               eval_wave eval_dialogues user_tokens reward_tokens max_dialogue user_temperature""".split()
-NOT_NEGATIVE = "weight_decay seed snapshot_steps policy_every train_layers gamma".split()
-CHOICES = {"engine": ("auto", "vllm", "transformers"), "activation_checkpointing": ("none", "selective", "full")}
+NOT_NEGATIVE = """num_prompts weight_decay seed snapshot_steps policy_every train_layers gamma validation patience
+                  eval_temperature""".split()  # fmt: skip
+CHOICES = {"engine": ("auto", "vllm", "transformers"), "activation_checkpointing": ("none", "selective", "full"),
+           "reset_law": ("paper", "uniform"), "eval_split": ("test", "validation")}  # fmt: skip
 
 
 # AdamW squares the gradient, which Eq. 1 divides by eta^2, and compares its root with epsilon / eta^2. At 1e5 the
@@ -329,4 +357,15 @@ def check(cfg):
     demand(0 <= cfg.warmup < 1, "warmup", "a share of the steps, in [0, 1)")
     longer = cfg.max_length > cfg.max_new_tokens
     demand(longer, "max_length", f"more than --max-new-tokens {cfg.max_new_tokens}")
-    demand(0 < cfg.batch_size <= cfg.num_prompts, "batch_size", f"in 1..{cfg.num_prompts}, the number of prompts")
+    demand(cfg.num_prompts > 0 or not cfg.one_training, "num_prompts", "positive: an update of setting two has a number")
+    fits = 0 < cfg.batch_size <= (cfg.num_prompts or math.inf)
+    demand(fits, "batch_size", f"in 1..{cfg.num_prompts}, the number of prompts")
+    demand(0 <= cfg.hybrid <= 1, "hybrid", "a share of the roll-ins, in [0, 1]")
+    paper = cfg.reset_law == "paper" or cfg.user != "dataset"
+    demand(paper, "reset_law", "paper where the data asks the questions: H is their number")
+    held_out = cfg.validation == 0 or not cfg.one_training
+    demand(held_out, "validation", f"0 in setting two, whose updates have {cfg.num_prompts} pairs")
+    demand(cfg.validation > 0 or cfg.patience == 0, "patience", "0 without --validation pairs to look at")
+    cold = cfg.eval_temperature == 0 or cfg.eval_temperature >= VLLM_TEMPERATURE or engine_name(cfg) != "vllm"
+    demand(cold, "eval_temperature", f"0 (as --temperature) or at least {VLLM_TEMPERATURE:g}, below which vLLM samples "
+           "at another one")

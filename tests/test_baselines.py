@@ -104,26 +104,76 @@ def spoke(message):
 def test_each_row_rolls_in_trains_and_continues_as_the_paper_says(method, cfg):
     row, pairs = METHODS[method], pairs_of(method, cfg)
     H, h = Counter(p.H for p in pairs), Counter(p.h for p in pairs)
+    who = {"offline": {"clerk"}, "online": {"policy"}, "hybrid": {"clerk", "policy"}}[row.prefix]
     for p in pairs:
         answers = [d.messages[1::2] for d in p.dialogues]
-        assert {spoke(m) for a in answers for m in a[: p.h - 1]} <= {{"offline": "clerk", "online": "policy"}[row.prefix]}
+        prefix = {spoke(m) for a in answers for m in a[: p.h - 1]}
+        assert prefix <= who and len(prefix) < 2
         ours = {"offline": "clerk", "online": "policy"}[row.responses]
         assert {spoke(m) for a in answers for m in a[p.h - 1 :]} == {ours}
         assert p.rewards == tuple(toy.Reward()(p.dialogues)) and p.dialogues[0].reset(p.h).ids == p.prefix
         assert row.turn == "uniform" or p.h == p.H
     share = np.array([H[n] for n in range(1, 6)]) / len(pairs)
-    law = toy.LENGTHS if row.prefix == "offline" else [0.2] * 5
+    law = {"offline": toy.LENGTHS, "online": [0.2] * 5, "hybrid": np.add(toy.LENGTHS, 0.2) / 2}[row.prefix]
     assert np.abs(share - law).max() < 0.06
     if row.turn == "uniform" and row.prefix == "online":
         expected = [sum(1 / n for n in range(turn, 6)) / 5 for turn in range(1, 6)]
         assert np.abs(np.array([h[n] for n in range(1, 6)]) / len(pairs) - expected).max() < 0.06
 
 
-def test_there_are_the_papers_thirteen_rows_and_the_two_ablations():
+@pytest.mark.parametrize("share, like", [(0.0, "refuel"), (1.0, "rebel-mt-mixed")])
+def test_hybrid_roll_in_is_refuels_at_share_0_and_mt_mixeds_at_1(share, like, cfg):
+    hybrid, other = pairs_of("refuel-hybrid", replace(cfg, hybrid=share), 60), pairs_of(like, cfg, 60)
+    assert [p._replace(engine_logps=()) for p in hybrid] == [p._replace(engine_logps=()) for p in other]
+
+
+def test_there_are_the_papers_thirteen_rows_and_three_more():
     data = ["lt-offline", "lt-mixed", "lt-online", "mt-mixed"]
     thirteen = {f"{loss}-{d}" for loss in ("dpo", "rebel", "rloo") for d in data} | {"refuel"}
-    assert set(METHODS) == thirteen | {"dpo-refuel", "rloo-refuel"} and METHODS["refuel"].loss is refuel_loss
-    assert len({(m.prefix, m.turn, m.responses, m.loss) for m in METHODS.values()}) == 15
+    assert set(METHODS) == thirteen | {"dpo-refuel", "rloo-refuel", "refuel-hybrid"}
+    assert len({(m.prefix, m.turn, m.responses, m.loss) for m in METHODS.values()}) == 16
+    assert METHODS["refuel"].loss is METHODS["refuel-hybrid"].loss is refuel_loss
+    assert baselines.choose("refuel") == ["refuel"] and len(baselines.choose("rebel")) == 4
+
+
+@pytest.mark.parametrize("method, unit", [("dpo-refuel", "beta"), ("refuel", "eta")])
+def test_each_loss_takes_the_constant_of_its_own_unit(method, unit, cfg, monkeypatch):
+    found = []
+    monkeypatch.setattr(refuel, "train", lambda cfg, cast, prompts_of, collect, loss_fn: found.append(loss_fn))
+    for value in (0.3, 0.5):
+        baselines.train(method, replace(cfg, **{unit: value}))
+        loss = METHODS[method].loss
+        assert torch.equal(found[-1](*numbers(), value if unit == "eta" else 7.0), loss(*numbers(), value))
+
+
+def test_rloos_ratio_is_not_clipped():
+    """Far from pi_t the gradient is still ratio times advantage: PPO's clip would have silenced it."""
+    _, old, reward = numbers()
+    logp = (old + 1.0).requires_grad_()
+    rloo_loss(logp, old, reward, 1.0).backward()
+    advantage = torch.stack([reward[0] - reward[1], reward[1] - reward[0]])
+    assert torch.allclose(logp.grad, -math.e * advantage / (2 * 50))
+
+
+def test_table_6_weighs_by_each_rows_own_lengths_and_setting_two_shows_table_2(tmp_path, cfg):
+    row = {"win": [50.0, 60.0], "low": [49.0, 59.0], "high": [51.0, 61.0], "avg": 55.0, "avg_low": 54.0, "avg_high": 56.0,
+           "reward": [0.1, 0.2], "dialogues": 500, "kl": 1.0}  # fmt: skip
+    run = replace(cfg, out=str(tmp_path))
+    log = [{"iteration": t, "phase": "collect", "pairs": n, "P(H)": shares, "seconds": 60.0}
+           for t, n, shares in ((1, 30, [1.0]), (2, 10, [0.0, 1.0]))]  # fmt: skip
+    for method in ("refuel", "rebel-mt-mixed"):
+        (tmp_path / method).mkdir()
+        files.write_lines(str(tmp_path / method / "metrics.jsonl"), log)
+    found = baselines.add_costs({"base": dict(row), "refuel": dict(row)}, run)["refuel"]
+    assert found["P(H)"] == [0.75, 0.25] and found["weighted"] == 52.5 and (found["pairs"], found["minutes"]) == (40, 2.0)
+    whole = {k: v[:1] if isinstance(v, list) else v for k, v in row.items()}
+    two = replace(run, user="dataset", dataset="data/hh")
+    results = baselines.add_costs({"base": dict(whole), "rebel-mt-mixed": dict(whole)}, two)
+    baselines.report(results, {}, "", str(tmp_path))
+    text = (tmp_path / "table.md").read_text()
+    for word in ("whole dialogue", "(78.6)", "(-5.03)", "(16.79)", "the paper's Table 2 in brackets", "over 500 dialogues"):
+        assert word in text
+    assert "Table 1" not in text and "weighted" not in text
 
 
 def test_the_papers_averages_are_those_of_its_cells():
@@ -133,7 +183,7 @@ def test_the_papers_averages_are_those_of_its_cells():
 
 def offline(rows):
     tokenizer, logs = toy.make_tokenizer(), toy.load_logs()
-    return [simulator.replay(tokenizer, logs[row]) for row in range(rows)]
+    return [simulator.replay(tokenizer, logs[row], twice=True) for row in range(rows)]
 
 
 def test_offline_logs_are_an_experts_with_a_novices_second_answer():
@@ -180,10 +230,11 @@ def own_config(flags):
     return baselines.method_config("dpo-lt-online", cfg, extra["given"])
 
 
-def test_a_rows_own_best_values_stand_back_behind_what_was_given_on_the_command_line():
-    assert own_config("").eta == 10.0 and own_config("").snapshot_steps == 32
-    for flags in ("--eta 30", "--eta 31"):  # the setting's own default, given, is given
-        assert own_config(flags).eta == float(flags.split()[1])
+def test_a_rows_own_best_values_stand_back_behind_what_was_given_on_the_command_line(monkeypatch):
+    monkeypatch.setattr(baselines, "BEST", {"toy": {"dpo-lt-online": {"beta": 0.7}}})
+    assert own_config("").beta == 0.7 and own_config("").snapshot_steps == 32
+    for flags in ("--beta 0.1", "--beta 0.2"):  # the setting's own default, given, is given
+        assert own_config(flags).beta == float(flags.split()[1])
     assert own_config("--snapshot-steps 0").snapshot_steps == 0
 
 
@@ -229,6 +280,8 @@ def test_a_failed_method_loses_no_finished_row_and_the_command_goes_on(base, tmp
     assert again["refuel"]["win"] == results["refuel"]["win"]
     curve = json.loads((tmp_path / "all" / "curve.json").read_text())
     assert [step for step, _ in curve["refuel"]][:2] == [0, 1] and (tmp_path / "all" / "figure.png").exists()
+    played = (tmp_path / "all" / "dialogues.md").read_text()
+    assert played.count("**") == 8 and played.count("- assistant: ") == 20  # base and three rows, five whole turns each
 
 
 def test_an_unknown_method_is_one_line_and_exit_code_2(base, tmp_path, capsys):

@@ -111,14 +111,15 @@ FORMS = {  # how people keep prompts; TRL's names: the first two are its prompt-
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_prompts_without_two_answers_are_prompts_and_no_logs(name, read, tmp_path):
+def test_prompts_without_two_answers_are_prompts_and_logs_where_there_is_an_answer(name, read, tmp_path):
     form = json.dumps(FORMS[name])
     rows = [json.loads(form.replace("{}", str(i))) for i in range(10)]
     found = read(write(tmp_path / "data.jsonl", rows))
     prompts = found.train + found.test
     assert texts(prompts) == {f"q {i}" for i in range(10)} and len(prompts) == 10 and not found.dropped
     assert {p.system for p in prompts} == {"be kind" if "be kind" in form else None}
-    assert len(found.logs) == (8 if "rejected" in form else 0)
+    assert len(found.twice) == (8 if "rejected" in form else 0)
+    assert len(found.logs) == (8 if len(found.twice) or name in ("messages", "conversations") else 0)
     asked = read(tmp_path / "data.jsonl", fixed=True).train  # with --user dataset
     assert all(p.secret == (["then?"] if "then?" in form else []) for p in asked)
     if name != "a text":
@@ -605,8 +606,60 @@ def test_the_baselines_draw_the_same_dialogues_of_lazy_logs(read, cfg, tmp_path)
     read(path)
     few = replace(cfg, dataset=str(path), user="http://localhost/v1", num_prompts=6)
     tokenizer = template.load_tokenizer(str(tmp_path / "tokenizer"))
-    pairs = simulator.offline_prompts(few, tokenizer, 1)
+    pairs = simulator.offline_prompts(few, tokenizer, 1, twice=True)
     assert len(pairs) == 6 and all(len(first.spans) == 2 for first, _ in pairs)
+
+
+def test_in_setting_two_the_baselines_roll_in_by_refuels_own_conversations(read, cfg, tmp_path, capsys):
+    """Same questions, limits and de-duplication; a second answer is asked for by LT-OFFLINE alone."""
+    rows = [hh(f"question {i}", "an answer", "and two?", "two") for i in range(20)]
+    rows += [hh(f"question {i}", "another", "and two?", "2") for i in range(5)]  # the same questions again
+    rows += [hh(f"alone {i}", "an answer") | {"rejected": hh(f"elsewhere {i}", "x")["chosen"]} for i in range(10)]
+    rows += [hh("long", "word " * 600), hh("q " * 200, "short")]
+    path = write(tmp_path / "hh.jsonl", rows)
+    found = read(path, fixed=True)
+    prompts = {(p.text, *p.secret) for p in found.train}
+    assert {log.questions for log in found.logs} == prompts and len(found.logs) == len(found.train) == 24
+    assert {log.questions for log in found.twice} == {key for key in prompts if len(key) == 2}
+    assert all(log.rejected == "worse" and log.answers == ("an answer",) for log in found.twice)
+    assert {log.limit for log in found.logs} == {512}  # Table 5's, for what the policy says after it
+    share = len(found.twice) / 24
+    said = f"turns: {1 - share:.3f}, {share:.3f}, with two answers: 0.000, 1.000"
+    assert said in capsys.readouterr().out
+    few = replace(cfg, dataset=str(path), user="dataset", max_length=4000, max_dialogue=4000, max_new_tokens=100, num_prompts=6)
+    tokenizer = template.load_tokenizer(str(tmp_path / "tokenizer"))
+    assert {d.limit for d in simulator.offline_prompts(few, tokenizer, 1)} == {512}
+
+
+def test_more_turns_than_table_5_has_limits_for_act_or_are_refused(read, cfg, tmp_path):
+    long = [hh(f"question {i}", *["a", "more?"] * 6, "end") for i in range(10)]  # seven turns
+    few = replace(cfg, user="dataset", max_length=4000, max_dialogue=4000, max_new_tokens=100)
+    read(write(tmp_path / "x.jsonl", ROWS))
+    tokenizer = template.load_tokenizer(str(tmp_path / "tokenizer"))
+    path = str(write(tmp_path / "hh.jsonl", long + [hh("q", "a"), hh("p", "a")]))
+    assert data.load_data(replace(few, dataset=path), tokenizer).dropped["more than 5 turns"] == 10
+    seven = data.load_data(replace(few, dataset=path, max_turns=7), tokenizer)
+    assert not seven.dropped and max(len(p.secret) for p in seven.train) == 6
+    path = str(write(tmp_path / "ultra.jsonl", ROWS))
+    with pytest.raises(BadInput, match="--max-turns 7: Table 5 has limits for up to 5 turns"):
+        data.load_data(replace(few, dataset=path, max_turns=7), tokenizer)
+
+
+def test_validation_prompts_are_the_last_training_ones_and_nobody_trains_on_them(read, cfg, tmp_path):
+    path = str(write(tmp_path / "d.jsonl", [ultra(f"question {i % 60}", *["a", f"{i}?"] * (i > 59)) for i in range(80)]))
+    read(path)
+    few = replace(cfg, dataset=path, user="http://localhost/v1", user_model="m", max_length=4000, max_dialogue=4000,
+                  max_new_tokens=100, eval_dialogues=8, num_prompts=0)  # fmt: skip
+    tokenizer = template.load_tokenizer(str(tmp_path / "tokenizer"))
+    tuned = replace(few, eval_split="validation")
+    openings = lambda dialogues: {d.messages[0]["content"] for d in dialogues}  # noqa: E731
+    judged = openings(simulator.test_prompts(tuned, tokenizer))
+    trained = openings(simulator.train_prompts(tuned, tokenizer, 1))
+    every = openings(simulator.train_prompts(few, tokenizer, 1))
+    assert len(judged) == 8 and not judged & trained and judged | trained == every  # --num-prompts 0: all of them
+    assert not judged & openings(simulator.test_prompts(few, tokenizer))
+    rolled_in = openings(simulator.offline_prompts(tuned, tokenizer, 1))
+    assert rolled_in and not rolled_in & judged and openings(simulator.offline_prompts(few, tokenizer, 1)) & judged
 
 
 def test_hh_text_is_read_as_before():

@@ -15,6 +15,7 @@ import torch
 from machinery import files
 from machinery import fsdp
 from machinery import logps
+from machinery.run import shares
 import refuel
 import toy
 from refuel import collect, pair_logps, refuel_loss, regress, sample_resets
@@ -30,6 +31,50 @@ def test_resets_follow_section_4_2():
         assert abs((H == turns).mean() - 1 / 5) < 0.01
         for turn in range(1, turns + 1):
             assert abs((h[H == turns] == turn).mean() - 1 / turns) < 0.02
+
+
+def test_the_uniform_law_draws_every_h_up_to_H_alike():
+    h, H = sample_resets(60_000, 5, np.random.default_rng(0), "uniform")
+    for length in range(1, 6):
+        for turn in range(1, length + 1):
+            assert abs(((h == turn) & (H == length)).mean() - 1 / 15) < 0.005
+
+
+TOKENS = dict(answer=(350, 0.45), question=(125, 0.35))  # --plan's means; standard deviations of the logarithm
+
+
+def talk(rng, H, prefix=None, h=1):
+    """A dialogue of H turns as long as setting one's, ids alone; from turn h on another one than `prefix`."""
+    d = Dialogue(ids=[], messages=[]) if prefix is None else prefix.reset(h)
+    d.messages = [{"role": "user", "content": "go on"}] * 2
+
+    def size(kind):
+        mean, spread = TOKENS[kind]
+        return max(1, int(rng.lognormal(np.log(mean) - spread**2 / 2, spread)))
+
+    for turn in range(len(d.spans) + 1, H + 1):
+        if turn > 1 or not d.ids:
+            d.ids = d.ids + [1] * (0 if prefix is not None and turn == h else size("question"))
+        answer = size("answer")
+        d.spans = [*d.spans, (len(d.ids), len(d.ids) + answer)]
+        d.ids = d.ids + rng.integers(2, 1000, answer).tolist()
+        d.truncated, d.logps = [*d.truncated, False], [*d.logps, 0.0]
+    return d
+
+
+@pytest.mark.parametrize("limit, keeps", [(None, True), (2048, False)])  # the setting's own limit, and the paper's
+def test_setting_ones_length_limit_keeps_the_law_of_h_and_H(limit, keeps):
+    rng = np.random.default_rng(0)
+    h, H = sample_resets(1500, 5, rng)
+    found = []
+    for turn, last in zip(h.tolist(), H.tolist()):
+        first = talk(rng, last)
+        found.append((first, talk(rng, last, first, turn), turn))
+    pairs = refuel.make_pairs(found, length_reward, limit or refuel.SETTINGS["one"]["max_dialogue"], Counter())
+    kept_H, kept_h = shares([p.H for p in pairs]), shares([p.h for p in pairs])
+    drawn_h = shares(h.tolist())
+    assert (np.abs(np.subtract(kept_H, shares(H.tolist()))).max() < 0.02) == keeps, kept_H
+    assert (np.abs(np.subtract(kept_h, drawn_h)).max() < 0.02) == keeps, kept_h
 
 
 def some_logps(n=7):
@@ -274,8 +319,8 @@ def test_a_policy_folder_gives_back_the_weights_that_were_saved(base, cfg, tmp_p
 
 
 def test_killed_around_every_write_a_run_ends_with_the_same_files(base, tmp_path):
-    flags = f"--setting toy --policy {base} --reference {base} --engine transformers --num-prompts 24 --batch-size 8"
-    flags += " --wave 24 --iterations 2 --eval-dialogues 4 --checkpoint-steps 2 --lr 1e-3"
+    flags = f"--setting toy --policy {base} --reference {base} --engine transformers --num-prompts 160 --batch-size 32"
+    flags += " --wave 160 --iterations 2 --eval-dialogues 4 --checkpoint-steps 2 --lr 1e-2 --epochs 2 --patience 2"
     out = [str(tmp_path / name) for name in ("undisturbed", "killed")]
     refuel_py, kills_py = (os.path.join(ROOT, *p) for p in (["refuel.py"], ["tests", "kills.py"]))
     for command in ([refuel_py, "--out", out[0]], [kills_py, "kill", out[1]]):
@@ -286,7 +331,9 @@ def test_killed_around_every_write_a_run_ends_with_the_same_files(base, tmp_path
     assert kills >= 30 and undisturbed.keys() == killed.keys()
     for name in undisturbed:
         assert undisturbed[name] == killed[name], name
-    assert not [name for name in killed if ".partial" in name or ".parts" in name or "training" in name]
+    assert not [name for name in killed if ".partial" in name or ".parts" in name or "training" in name or "best" in name]
+    looks = [row for row in killed["metrics.jsonl"] if "held_out_loss" in row]
+    assert len(looks) >= 4  # and at this rate the last is not the best: both policies are an earlier look's
 
 
 # --- bad input --------------------------------------------------------------------------------------------------

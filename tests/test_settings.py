@@ -316,7 +316,7 @@ def test_prompts_are_drawn_from_the_split_and_offline_dialogues_have_canonical_i
     cfg, tokenizer = place(GOOD)
     prompts = simulator.train_prompts(cfg, tokenizer, 1)
     assert len({p.messages[0]["content"] for p in prompts}) == 6
-    for first, second in simulator.offline_prompts(cfg, tokenizer, 1):
+    for first, second in simulator.offline_prompts(cfg, tokenizer, 1, twice=True):
         H = len(first.spans)
         assert first.ids == tokenizer.apply_chat_template(first.messages, return_dict=False)
         assert first.messages[:-1] == second.messages[:-1] and first.reset(H).ids == second.reset(H).ids

@@ -1,0 +1,118 @@
+"""Held-out pairs: what a training says of pairs that it never sees, and where it ends.
+
+Minibatch descent on one data set fits the pairs' own noise after a while: the loss on pairs that are held out of the
+iteration turns, and behind the turn the policy gets worse, whatever the loss is called. (The released code looks at 500
+held-out pairs every 100 updates, and trains on to the end.)
+"""
+import os
+import shutil
+
+import numpy as np
+import torch
+
+from machinery import files, fsdp
+from machinery.logps import batches, old_logps
+from machinery.meter import as_tensors
+from machinery.ranks import on_rank_0, rank
+
+
+FEWEST = 16  # pairs; fewer are not held out
+
+
+class HeldOut:
+    """The last --validation pairs of an iteration (an eighth at most), which are a random part: prompts are drawn in
+    random order.
+
+    A look is taken every --checkpoint-steps steps and after the last one; the one at step 0, of pi_t itself, needs no
+    forward. looks: {steps done: the row's own loss}, rounded as it is logged. One rule for all methods: with --patience
+    N, training ends after N looks in a row without a new best, or with the last epoch, and the policy is that of the
+    best look, pi_t if none is better. Without patience it is that of the last step, and looks are logged alone."""
+
+    def __init__(self, pairs, cfg, loss_fn, t):
+        self.cfg, self.loss_fn, self.t = cfg, loss_fn, t
+        number = min(cfg.validation, len(pairs) // 8)
+        if number < FEWEST:
+            number = 0
+            if cfg.validation and rank() == 0:
+                print(f"iteration {t}: none of {len(pairs)} pairs is held out: an eighth of them is less than {FEWEST}, too "
+                      "few to tell anything", flush=True)  # fmt: skip
+        first = len(pairs) - number
+        self.training, self.pairs = pairs[:first], pairs[first:]
+        self.steps = len(batches(len(self.training), cfg.batch_size, cfg.epochs, cfg.seed))
+        self.looks = {}
+        if self.pairs:
+            self.start = self.measure(np.array([pair.logps for pair in self.pairs]))
+            self.looks[0] = self.start["held_out_loss"]
+
+    def measure(self, logps):
+        """Of the held-out pairs: the row's own loss, Eq. 1, and how far the log-ratios follow the rewards.
+
+        logps: ln pi of y and y', one row a pair. held_out_share: the slope of the log-ratio's difference on eta times
+        the reward's, 1 where Eq. 1 is solved."""
+        old_logp_2B, reward_2B = as_tensors(self.pairs, "cpu")
+        logp_2B = torch.tensor(logps, dtype=old_logp_2B.dtype).T
+        ratio_2B = logp_2B - old_logp_2B
+        difference_B, target_B = (ratio_2B[0] - ratio_2B[1]).double(), (reward_2B[0] - reward_2B[1])
+        decided_B = target_B != 0
+        agree = (difference_B.sign() == target_B.sign())[decided_B].double().mean()
+        found = {
+            "held_out_loss": self.loss_fn(logp_2B, old_logp_2B, reward_2B, self.cfg.eta),
+            "held_out_eq1": (difference_B / self.cfg.eta - target_B).square().mean(),
+            "held_out_sign_agreement": agree if decided_B.any() else torch.zeros(()),
+            "held_out_share": (difference_B * target_B).sum() / (self.cfg.eta * target_B.square().sum().clamp(min=1e-12)),
+        }
+        return {name: float(f"{value.item():.6g}") for name, value in found.items()}
+
+    def resume(self, first_step):
+        """The looks of a training that was stopped, from metrics.jsonl; returns the step at which it resumes."""
+        path = os.path.join(self.cfg.out, "metrics.jsonl")
+
+        def read():
+            rows = files.read_lines(path, torn=True) if first_step and os.path.exists(path) else []
+            mine = [row for row in rows if (row["iteration"], row["phase"]) == (self.t, "regress")]
+            return {row["step"] + 1: row["held_out_loss"] for row in mine if "held_out_loss" in row and row["step"] < first_step}
+
+        if self.pairs:
+            self.looks |= on_rank_0(read)
+        return self.steps if self.over() else first_step
+
+    def due(self, step):
+        return bool(self.pairs) and ((step + 1) % self.cfg.checkpoint_steps == 0 or step + 1 == self.steps)
+
+    def look(self, model, step):
+        """Measure the model after this step; every rank takes its share of the pairs."""
+        found = self.measure(old_logps(model, self.pairs, self.cfg).numpy())
+        model.train()
+        self.looks[step + 1] = found["held_out_loss"]
+        return found
+
+    def best(self):
+        """The steps after which the held-out loss was least; the first of equal ones."""
+        return min(self.looks, key=self.looks.get)
+
+    def over(self):
+        """Whether --patience looks have passed since the best one."""
+        return bool(self.cfg.patience and self.pairs) and sum(step > self.best() for step in self.looks) >= self.cfg.patience
+
+    # --- the best weights, kept until the iteration ends ----------------------------------------------------------
+
+    def keep_best(self, folder, model, step):
+        """Called after a look: the weights of the best one lie in best_STEP."""
+        if self.cfg.patience and self.best() == step + 1:
+            fsdp.save_policy(os.path.join(folder, f"best_{step + 1}"), model, self.cfg.policy)
+
+    def forget_others(self, folder):
+        """Called once the training state is safe: until then a stopped run may resume before the newest best."""
+        self.remove(folder, {f"best_{self.best()}"} if self.looks else set())
+
+    def remove(self, folder, but=frozenset()):
+        if rank() == 0:
+            for name in os.listdir(folder):
+                if name.startswith("best_") and name not in but:
+                    shutil.rmtree(os.path.join(folder, name))
+
+    def take_best(self, folder, model, start):
+        """Give the model its best weights; start: the checkpoint of pi_t."""
+        if not (self.pairs and self.cfg.patience) or self.best() == max(self.looks):
+            return
+        fsdp.read_slices(model, os.path.join(folder, f"best_{self.best()}") if self.best() else start)

@@ -1,0 +1,70 @@
+"""Several seeds of one table: means, each seed's average, and the noise of training beside the intervals over dialogues.
+
+    python tests/seeds.py results/toy/seed_0.json results/toy/seed_1.json results/toy/seed_2.json --figure results/toy/figure.png
+
+Reads the results.json of as many runs of baselines.py that differ in --seed alone. An interval over dialogues holds one
+policy's luck with customers; the spread over seeds holds pairs, order and customers as well. Of three seeds the standard
+deviation itself is known to within a factor of two only, so each seed's number is printed.
+"""
+import sys
+
+sys.path.insert(0, ".")
+import argparse
+import json
+import os
+
+import numpy as np
+
+from machinery import files
+from machinery.ranks import one_line
+from machinery.report import markdown, methods_figure
+
+
+def merged(runs):
+    """One row a method that all runs have: the mean over seeds, and low and high as the least and most of them."""
+    found = {}
+    for name in runs[0]:
+        rows = [run[name] for run in runs if name in run]
+        if len(rows) < len(runs):
+            raise files.BadInput(f"{name} is missing in {len(runs) - len(rows)} of {len(runs)} files")
+        win = np.array([row["win"] for row in rows])
+        average = np.array([row["avg"] for row in rows])
+        one = {"win": win.mean(0), "low": win.min(0), "high": win.max(0), "avg": average.mean(), "seeds": average,
+               "sd": average.std(ddof=1), "reward": np.mean([row["reward"] for row in rows])}  # fmt: skip
+        one["half"] = np.mean([(row["avg_high"] - row["avg_low"]) / 2 for row in rows])
+        for key in ("kl", "weighted", "minutes"):
+            one[key] = np.mean([row.get(key, 0) for row in rows])
+        found[name] = one | {"paper": rows[0].get("paper")}
+    return found
+
+
+def table(rows):
+    heads = ["method", *(f"h = {h}" for h in range(1, len(rows["base"]["win"]) + 1)), "average", "each seed",
+             "sd over seeds", "half interval over dialogues", "weighted", "reward", "KL", "paper's average"]  # fmt: skip
+    lines = []
+    for name, row in rows.items():
+        seeds = ", ".join(f"{x:.1f}" for x in row["seeds"])
+        paper = f"{row['paper'][5]:.2f}" if row["paper"] else ""
+        lines.append([name, *(f"{x:.1f}" for x in row["win"]), f"{row['avg']:.1f}", seeds, f"{row['sd']:.1f}",
+                      f"{row['half']:.1f}", f"{row['weighted']:.1f}", f"{row['reward']:.3f}", f"{row['kl']:.2f}", paper])  # fmt: skip
+    return "\n".join(markdown(heads, lines))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+")
+    parser.add_argument("--figure", help="Figure 1 of the means; bands from the least to the most of the seeds")
+    parser.add_argument("--curve", help="curve.json of one run, for Figure 2")
+    flags = parser.parse_args()
+    with one_line("tests/seeds.py"):
+        rows = merged([files.read_json(path) for path in flags.files])
+        print(table(rows))
+        if flags.figure:
+            curve = json.load(open(flags.curve)) if flags.curve else {}
+            kinds = ["lt-offline", "lt-mixed", "lt-online", "mt-mixed", "refuel", "hybrid"]
+            methods_figure(rows, curve, flags.figure, order=kinds)
+            print(os.path.abspath(flags.figure))
+
+
+if __name__ == "__main__":
+    main()
