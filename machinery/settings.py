@@ -92,7 +92,7 @@ SETTINGS = {
         reward_tokens=512, max_dialogue=512, max_length=512,  # room for 20 turns; the base policy has 512 positions
         iterations=2, num_prompts=2048, policy_every=0, max_turns=5, reset_law="paper", hybrid=0.5, max_new_tokens=16,
         temperature=1.0, system="", eta=100.0, beta=0.1, gamma=0.0, penalty=0.0, train_layers=0, lr=1e-4, warmup=0.1,
-        weight_decay=1e-6, batch_size=32, epochs=2, validation=256, patience=2, micro_tokens=4096,
+        weight_decay=1e-6, batch_size=32, epochs=4, validation=256, patience=2, micro_tokens=4096,
         activation_checkpointing="none", replicas=1, checkpoint_steps=32, snapshot_steps=0, wave=512, eval_wave=512,
         eval_dialogues=1000, eval_split="test", eval_temperature=0.0,
     ),

@@ -132,10 +132,10 @@ def test_prompts_without_two_answers_are_prompts_and_logs_where_there_is_an_answ
         assert read(tmp_path / "data.json")[:2] == found[:2]
 
 
-def test_an_answer_that_is_missing_leaves_a_prompt_without_a_log(read, tmp_path):
+def test_a_second_answer_that_is_missing_leaves_a_dialogue_to_roll_in_by(read, tmp_path):
     rows = [{"prompt": f"q {i}", "chosen": "good", "rejected": None} for i in range(10)]
     found = read(write(tmp_path / "data.jsonl", rows))
-    assert len(found.train) == 8 and len(found.logs) == 0
+    assert len(found.train) == 8 and len(found.logs) == 8 and len(found.twice) == 0
 
 
 @pytest.mark.parametrize("row", [

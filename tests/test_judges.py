@@ -167,6 +167,33 @@ def test_the_cache_outlives_the_judge_and_a_torn_line(serve, tmp_path):
     assert len(server.requests) == 13  # another model's verdicts are its own
 
 
+def test_a_judge_whose_context_is_too_short_is_known_before_it_is_asked(serve, tmp_path):
+    server = serve(fair)
+
+    def judge(room):
+        made = judge_at(server, tmp_path / str(room))
+        made.room, made.count = room, lambda prompt: len(prompt.split())
+        return made
+
+    a, b = [dialogue(f"good {i}") for i in range(40)], [dialogue(f"bad {i}") for i in range(40)]
+    a[3] = dialogue("good " * 400)
+    sizes = sorted(len(prompt.split()) for prompt, _ in judge(1000).questions(a, b)[1])
+    with pytest.raises(BadInput, match=f"40 of 40 comparisons .* than the 90 that --judge-context .* up to {sizes[-1]}: take"):
+        judge(90).check_room(a, b)
+    assert not server.requests
+    enough = judge(sizes[-2])
+    enough.check_room(a, b)  # one of 40 is a failure like others
+    verdicts = enough(a, b)
+    assert verdicts[3] == 0.5 and enough.counts["unanswered"] == 2 and len(server.requests) == 78
+    with pytest.raises(BadInput, match="failed 6 of 6 questions .it is longer than --judge-context leaves room for"):
+        judge(90)(a[:3], b[:3])
+
+
+def test_contexts_of_named_judges():
+    assert judges.context_of("gpt-4-0613") == 8192 and judges.context_of("gpt-4o-mini") == 128_000
+    assert judges.context_of("gpt-4-1106-preview") == 128_000 and judges.context_of("my-judge") is None
+
+
 def test_a_judge_with_a_position_bias_decides_nothing(serve, tmp_path):
     judge = judge_at(serve(lambda *_: "Comparison: A.\nPreferred: A"), tmp_path)
     assert judge(A, B).tolist() == [0.5] * 4 and judge.counts["flips"] == judge.counts["asked"] == 3
