@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 import toy
-from machinery import data, families, rewards, users
+from machinery import data, families, pace, rewards, users
 from machinery.engines import load_engine
 from machinery.files import BadInput, check_positions, find_checkpoint, fingerprint, load_config, versions
 from machinery.ranks import barrier, one_line, rank, start_processes
-from machinery.seams import ask, score
+from machinery.seams import score
 from machinery.settings import engine_name, read_config, seed_for
 from machinery.template import (check_history, check_vocabulary, checked, encode, end_token, later_ids, load_tokenizer,
                                 opening_ids, said, stop_tokens)  # fmt: skip
@@ -149,55 +149,71 @@ class Dialogue:
 # Roll-in, reset, roll-out
 # ---------------------------------------------------------------------------------------------------------------
 # A policy has answer(dialogues) -> [(ids, truncated, ln pi), or None where the context is full] and its tokenizer; a user
-# has reply(dialogues) -> [text, or None where it has none]. Both see whole batches.
+# has reply(dialogues) -> [text, or None where it has none]. How each is asked without anybody waiting: machinery/pace.py.
+
+
+def converse(starts, policy, user, turns, h=None, streams=None):
+    """Policy and user talk, every dialogue at its own pace: roll-in, reset, roll-out and evaluation (section 2).
+
+    starts: states at which the assistant speaks next; turns: how many assistant turns each ends with; h, streams: as soon
+    as the n-th dialogue is at s_h, h = h[n], a second one parts from it, with streams[n] for its own noise.
+    Returns the dialogues and the second ones (None where s_h was not reached), as they ended; one that user or policy
+    had to give up carries `failed`."""
+    firsts, seconds = [d.copy() for d in starts], [None] * len(starts)
+    speaking, asking = pace.policy_side(policy, len(starts)), pace.user_side(user, len(starts))
+
+    def go_on(n, d):
+        """In d, the n-th dialogue or the one that has parted from it, the assistant speaks next."""
+        if h is not None and seconds[n] is None and len(d.spans) >= h[n] - 1:
+            seconds[n] = d.reset(h[n]).copy(stream=streams[n])
+            go_on(n, seconds[n])
+        if len(d.spans) < turns[n] and not firsts[n].failed:  # without the first the second one is no use
+            speaking.put(n, d)
+
+    try:
+        for n, d in enumerate(firsts):
+            go_on(n, d)
+        while speaking or asking:
+            for n, d, answer in speaking.take(idle=not asking):
+                if answer is None:
+                    d.failed = "too long"
+                    continue
+                d.add_answer(policy.tokenizer, *answer)
+                if len(d.spans) < turns[n]:
+                    asking.put(n, d)
+            for n, d, text in asking.take(idle=not speaking):
+                if text is None:
+                    d.failed = "user"
+                    continue
+                d.add_user(policy.tokenizer, text)
+                go_on(n, d)
+    finally:
+        speaking.leave()
+        asking.leave()
+    return firsts, seconds
 
 
 def rollout(dialogues, policy, user, turns):
-    """Let policy and user talk until each dialogue has its number of answers (section 2, roll-ins and roll-outs).
-
-    dialogues: states s_h at which the assistant speaks next; turns: how many assistant turns each ends with.
-    Returns new dialogues, each ending with an answer; one that user or policy had to give up carries `failed`."""
-    dialogues = [d.copy() for d in dialogues]
-    goals = list(zip(dialogues, turns, strict=True))
-    active = [d for d, n in goals if len(d.spans) < n]
-    while active:
-        for d, answer in zip(active, policy.answer(active), strict=True):
-            if answer is None:
-                d.failed = "too long"
-            else:
-                d.add_answer(policy.tokenizer, *answer)
-        active = [d for d, n in goals if len(d.spans) < n and not d.failed]
-        for d, text in zip(active, ask(user, active), strict=True):
-            if text is None:
-                d.failed = "user"
-            else:
-                d.add_user(policy.tokenizer, text)
-        active = [d for d in active if not d.failed]
-    return dialogues
+    """New dialogues: those given, let on until each has its number of answers (`converse`, without a reset)."""
+    return converse(dialogues, policy, user, turns)[0]
 
 
 def futures(starts, h, H, streams, policy, user, dropped):
-    """Line 3 of Algorithm 1: roll in and on to turn H, reset to s_h, and roll out from there a second time.
+    """Line 3 of Algorithm 1: roll in to s_h, and from there both futures on to turn H.
 
     starts: where the roll-ins begin; h, H: turns, one of each a start; streams: the starts' random numbers. The first
-    roll-out continues the roll-in: the trajectory's own y_h is a sample of pi_t(.|s_h). The second one starts anew at s_h
-    with its own noise, for policy and user alike, so that only the prefix is shared.
+    future continues the roll-in: the trajectory's own y_h is a sample of pi_t(.|s_h). The second one has its own noise
+    from s_h on, for policy and user alike, so that only the prefix is shared.
     Returns [(the first conversation, the second, h)]; those that failed are counted in `dropped`."""
-    firsts = rollout([d.copy(stream=(s, 0)) for d, s in zip(starts, streams, strict=True)], policy, user, H)
-    whole, resets = [], []
-    for first, turn, last, stream in zip(firsts, h, H, streams, strict=True):
-        if first.failed:
-            dropped[first.failed] += 1
-        else:
-            whole.append((first, int(turn), int(last)))
-            resets.append(first.reset(turn).copy(stream=(stream, 1)))
-    seconds = rollout(resets, policy, user, [last for _, _, last in whole])
+    firsts, seconds = converse([d.copy(stream=(s, 0)) for d, s in zip(starts, streams, strict=True)], policy, user, H, h,
+                               [(s, 1) for s in streams])  # fmt: skip
     found = []
-    for (first, turn, _), second in zip(whole, seconds, strict=True):
-        if second.failed:
-            dropped[second.failed] += 1
+    for first, second, turn in zip(firsts, seconds, h, strict=True):
+        failed = first.failed or second.failed
+        if failed:
+            dropped[failed] += 1
         else:
-            found.append((first, second, turn))
+            found.append((first, second, int(turn)))
     return found
 
 

@@ -5,6 +5,7 @@ they come; a server's reply that is empty because it was cut comes with a why to
 """
 import asyncio
 import base64
+import contextlib
 import itertools
 import json
 import os
@@ -56,6 +57,7 @@ class Server:
         self.threads = max(1, threads // world())
         self.options = dict(temperature=0, max_tokens=512, whole=False) | options
         self.refused = set()  # the parameters that this server does not take
+        self.certificates, self.loops = None, set()  # what is being asked, in whatever threads
         self.echo = echo(self.key) if len(self.key) > 7 else None  # a placeholder such as EMPTY is no secret
 
     def __call__(self, prompts, seeds=None, allowed=None):
@@ -69,6 +71,7 @@ class Server:
         questions = zip(itertools.count(), prompts, seeds)
         client, loop = self.client(), asyncio.new_event_loop()
         open_tasks, failed, gave_up = set(), 0, asyncio.Event()
+        self.loops.add(loop)
         try:
             while True:
                 for number, prompt, seed in itertools.islice(questions, self.threads - len(open_tasks)):
@@ -84,8 +87,15 @@ class Server:
                         gave_up.set()
                     yield number, reply, why
         finally:
+            self.loops.discard(loop)
             loop.run_until_complete(close(client))
             loop.close()
+
+    def stop(self):
+        """End what other threads are asking: there it is a CancelledError."""
+        for loop in list(self.loops):
+            with contextlib.suppress(RuntimeError):  # it has ended by itself
+                loop.call_soon_threadsafe(cancel, loop)
 
     def client(self):
         """The time-outs of a client are of single operations; ours, of a whole request, is in `post`."""
@@ -94,7 +104,10 @@ class Server:
             headers["Authorization"] = f"Bearer {self.key}"
         limits = httpx2.Limits(max_connections=None)  # there are as many as open tasks
         try:
-            return httpx2.AsyncClient(headers=headers, timeout=None, limits=limits, trust_env=self.trust_env)
+            if self.certificates is None:  # 0.1 s to read: once, not for each question of a thread
+                self.certificates = httpx2.create_ssl_context(trust_env=self.trust_env)
+            return httpx2.AsyncClient(headers=headers, timeout=None, limits=limits, trust_env=self.trust_env,
+                                      verify=self.certificates)  # fmt: skip
         except (ImportError, *self.FAULTS) as error:
             why = self.one_line(str(error))
             raise BadInput(f"{self.flag}: the environment's proxy or certificates: {why}") from None
@@ -199,6 +212,11 @@ def echo(key):
             pattern += rf"(?:\\{{0,4}}{plain}|\\{{1,4}}u(?i:{ord(c):04x})|%(?:25){{0,3}}(?i:{ord(c):02x}))"
         patterns.append(pattern)
     return re.compile("|".join(patterns))
+
+
+def cancel(loop):
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
 
 
 async def close(client):

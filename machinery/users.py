@@ -44,7 +44,13 @@ class LLMUser:
 
     def __init__(self, ask, longest, limit):
         self.ask, self.longest, self.limit = ask, longest, limit
+        self.threads = getattr(ask, "threads", 0)  # a server's replies are waited for in threads; an engine of this process
+        self.patient = not self.threads  # is asked when the policy's has nothing to do
         self.tokens = ask.engine.tokens if hasattr(ask, "engine") else Counter()  # a server counts its own
+
+    def stop(self):
+        """End what threads are asking."""
+        self.ask.stop()
 
     def reply(self, dialogues):
         texts, why = [None] * len(dialogues), {}
