@@ -59,7 +59,7 @@ class TransformersEngine(Engine):
     The keys and values of the last batch are kept: dialogues that all continue it, as they do turn by turn within a
     wave, compute only what is new to them."""
 
-    def __init__(self, path, max_new_tokens, temperature, max_length, batch=512):
+    def __init__(self, path, max_new_tokens, temperature, max_length, batch=1024):
         super().__init__(path, max_new_tokens, temperature, max_length)
         from transformers import AutoModelForCausalLM, GenerationConfig
 
