@@ -74,13 +74,13 @@ class Dialogue:
         """Append y_h exactly as it was sampled: no token is added, dropped or decoded and encoded again.
 
         Its message is what the others read of it (template.said): no thoughts, no end token, other control tokens as
-        plain text."""
+        plain text. ids: of a policy behind a server (machinery/outside.py) its text, and then no token is known."""
         if self.messages[-1]["role"] != "user":
             raise BadInput("a dialogue must alternate: an answer follows a user's turn")
-        ids = [int(i) for i in ids]
+        text, ids = (ids, []) if isinstance(ids, str) else (None, [int(i) for i in ids])
         self.spans.append((len(self.ids), len(self.ids) + len(ids)))
         self.ids += ids
-        self.messages.append({"role": "assistant", "content": said(tokenizer, ids, truncated)})
+        self.messages.append({"role": "assistant", "content": said(tokenizer, ids, truncated) if text is None else text})
         self.truncated.append(bool(truncated))
         self.logps.append(float(logp))
         return self
@@ -94,9 +94,10 @@ class Dialogue:
         if self.messages[-1]["role"] != "assistant":
             raise BadInput("a dialogue must alternate: a user's turn follows an answer")
         text = checked(user_text)
-        ids = later_ids(tokenizer, text)
-        ended = self.ids[-1] == ids[0]
-        self.ids += ids[1:] if ended else ids
+        if tokenizer is not None:  # else no token is known
+            ids = later_ids(tokenizer, text)
+            ended = self.ids[-1] == ids[0]
+            self.ids += ids[1:] if ended else ids
         self.messages.append({"role": "user", "content": text})
         return self
 
@@ -176,7 +177,7 @@ def converse(starts, policy, user, turns, h=None, streams=None):
         while speaking or asking:
             for n, d, answer in speaking.take(idle=not asking):
                 if answer is None:
-                    d.failed = "too long"
+                    d.failed = getattr(policy, "failure", "too long")
                     continue
                 d.add_answer(policy.tokenizer, *answer)
                 if len(d.spans) < turns[n]:
@@ -307,11 +308,13 @@ def check_cast(cfg):
         rewards.check_reward(cfg)
 
 
-def load_cast(cfg):
-    """(the policy's engine, the user, the reward); the user first: a server that does not start is found at once."""
+def load_cast(cfg, beside=None):
+    """(the policy's engine, the user, the reward); the user first: a server that does not start is found at once.
+
+    beside: another served model that has the user's part of the GPUs, where the user has none."""
     check_cast(cfg)
     user = world(cfg.user).Customer() if world(cfg.user) else users.load_user(cfg)
-    policy = load_engine(cfg.policy, cfg)
+    policy = load_engine(cfg.policy, replace(cfg, user=beside) if beside else cfg)
     reward = world(cfg.reward).Reward() if world(cfg.reward) else rewards.load_reward(cfg)
     return policy, user, reward
 

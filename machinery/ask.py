@@ -46,7 +46,7 @@ class Server:
 
     def __init__(self, url, model, timeout=120, tries=5, pause=1.0, threads=16, flag="--judge", **options):
         """options: temperature (0), max_tokens (512), whole: a reply that was cut (its finish_reason is not "stop") is
-        given as empty."""
+        given as empty; else as it is, with why it was cut beside it."""
         if not re.fullmatch(r"https?://[^/@?#\s]+(/[^?#\s]*)?", url):
             raise BadInput(f"{flag}: a URL is http(s)://HOST[:PORT]/v1, and the key stands in OPENAI_API_KEY only")
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
@@ -62,7 +62,7 @@ class Server:
 
     def __call__(self, prompts, seeds=None, allowed=None):
         """(number, reply, None) or (number, None, why) as they come; given up after `allowed` failures, and what was
-        not asked then has None as its why.
+        not asked then has None as its why. A prompt is a text, or {"messages": a conversation, and its own max_tokens}.
 
         Each call has an event loop of its own, so that several threads can ask at once; it runs while the caller waits
         for the next reply."""
@@ -147,13 +147,14 @@ class Server:
                 tqdm.write(f"{self.flag} {self.model} does not take {name}: {LEFT_OUT[name]} ({said})")
 
     def body(self, prompt, seed):
-        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}]}
+        asked = self.options | (prompt if isinstance(prompt, dict) else {"messages": [{"role": "user", "content": prompt}]})
+        body = {"model": self.model, "messages": asked["messages"]}
         if "temperature" not in self.refused:
-            body["temperature"] = self.options["temperature"]
+            body["temperature"] = asked["temperature"]
         if "max_tokens" in self.refused:
-            body["max_completion_tokens"] = self.options["max_tokens"]
+            body["max_completion_tokens"] = asked["max_tokens"]
         else:
-            body["max_tokens"] = self.options["max_tokens"]
+            body["max_tokens"] = asked["max_tokens"]
         if seed is not None and "seed" not in self.refused:
             body["seed"] = (seed ^ seed >> 31) & 0x7FFFFFFF  # some servers take no more than 31 bits
         return body
@@ -182,11 +183,14 @@ class Server:
         said = ""
         if not isinstance(text, str):  # a refusal, a call of a tool, reasoning alone
             said = json.dumps({k: v for k, v in message.items() if v and k != "role"}, ensure_ascii=False)
-        if self.options["whole"] and finish not in (None, "stop"):
-            return "", self.one_line(f"a reply that was cut, finish_reason {finish} {said}")
+        cut = None
+        if finish not in (None, "stop"):
+            cut = self.one_line(f"a reply that was cut, finish_reason {finish} {said}")
+        if self.options["whole"] and cut:
+            return "", cut
         if not isinstance(text, str):
             raise ValueError(f"a reply without text, finish_reason {finish}: {said}")
-        return without_thoughts(text), None
+        return without_thoughts(text), cut
 
     def hidden(self, text):
         """The text without the key, should the server echo it."""

@@ -83,7 +83,7 @@ class Threads:
         while self.waiting and self.asking < self.who.threads:
             self.asking += 1
             # daemons: a run that has failed does not wait at its end for a server
-            threading.Thread(target=self.one, args=self.waiting.popleft(), daemon=True).start()
+            threading.Thread(target=self.one, args=self.waiting.popleft(), name="asks", daemon=True).start()
 
     def one(self, n, dialogue):
         try:
