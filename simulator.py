@@ -3,7 +3,8 @@
     python simulator.py --setting toy --policy runs/toy/iter_2/policy --show 3      look at dialogues and resets
 
 Sections 2 and 4.2. Token ids are the truth and text is a view: what the policy sampled is what is trained on. A dialogue
-is never decoded and tokenised again between turns. Roll-in and roll-out are one function, `rollout`; a reset is a slice.
+is never decoded and tokenised again between turns. Roll-in, roll-out and evaluation are one loop, `converse`; a reset is
+a slice.
 
 Dimension key: H turns.
 """

@@ -22,6 +22,7 @@ class Engine:
     """A checkpoint that samples: temperature only, no top-p, no top-k, no repetition penalty.
 
     generate(prompts, seeds, limits) -> [(ids, truncated, logp)]    ids end with the end token unless truncated
+    requests()                  vLLM's alone: takes dialogues while it works (machinery/pace.py)
     sleep()                     leaves the GPU until the next update
     update(weights)             new weights in place: an iterable of (name, tensor) in the checkpoint's names
     tokens                      what was computed: prefill (padding included), decode; and cached, what was not

@@ -45,6 +45,7 @@ class LLMUser:
         self.ask, self.longest, self.limit = ask, longest, limit
         self.threads = getattr(ask, "threads", 0)  # a server's replies are waited for in threads; an engine of this process
         self.patient = not self.threads  # is asked when the policy's has nothing to do
+        self.said = set()  # why dialogues got no turn; in threads each reason is told once, and the dialogues are counted
         self.tokens = ask.engine.tokens if hasattr(ask, "engine") else Counter()  # a server counts its own
 
     def stop(self):
@@ -69,7 +70,10 @@ class LLMUser:
         failed = [i for i, text in enumerate(texts) if text is None]
         if failed:
             reason = next(filter(None, map(why.get, failed)))
-            tqdm.write(f"the user gave no turn to {len(failed)} of {len(dialogues)} dialogues: {reason}")
+            if not self.threads or reason not in self.said:
+                more = " (told once)" if self.threads else ""
+                tqdm.write(f"the user gave no turn to {len(failed)} of {len(dialogues)} dialogues: {reason}{more}")
+            self.said.add(reason)
         return texts
 
 

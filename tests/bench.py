@@ -660,11 +660,26 @@ class SlowServer(Scripted):
         return f"Question: {rng.choice(['go on', 'not sure', 'small please', 'red again'])}"
 
 
+def cpu_seconds():
+    """Of this process and all below it, the user's server among them."""
+    parents, seconds = {}, {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:  # one may have ended
+            fields = stat.read().rpartition(") ")[2].split()
+            parents[int(pid)], seconds[int(pid)] = int(fields[1]), int(fields[11]) + int(fields[12])
+    mine = {os.getpid()}
+    while True:
+        more = {pid for pid, parent in parents.items() if parent in mine} - mine
+        if not more:
+            return sum(seconds[pid] for pid in mine) / os.sysconf("SC_CLK_TCK")
+        mine |= more
+
+
 def waiting_casts(args):
     """{name: (cfg, policy, user, prompts)}: who talks with whom."""
     if args.policy:
         flags = f"--setting toy --policy {args.policy} --user serve:{args.policy} --dataset bench --engine vllm"
-        flags += " --max-new-tokens 48 --user-tokens 96 --max-length 1024 --max-turns 3 --max-failures 1"
+        flags += " --max-new-tokens 32 --user-tokens 64 --max-length 1024 --max-turns 2 --max-failures 1"
         cfg = refuel.read_config([*flags.split(), "--out", "runs/bench"])
         policy, user = engines.load_engine(args.policy, cfg), users.load_user(cfg)
         prompts = [simulator.Dialogue.start(policy.tokenizer, text) for text in (OPENINGS * args.pairs)[: args.pairs]]
@@ -686,7 +701,7 @@ def measure_waiting(args):
     loops, rows = {"turn by turn": one_then_the_other, "each at its own pace": simulator.futures}, []
     for name, (cfg, policy, user, prompts) in waiting_casts(args).items():
         weights = partial(files.read_weights, policy.tokenizer.name_or_path)
-        found = {loop: dict(what=name, loop=loop, seconds=[], tokens=[], pairs=[]) for loop in loops}
+        found = {loop: dict(what=name, loop=loop, seconds=[], cpu=[], tokens=[], pairs=[]) for loop in loops}
         for repeat in range(args.repeats):
             rng = np.random.default_rng(args.seed + repeat)
             h, H = refuel.sample_resets(len(prompts), cfg.max_turns, rng)
@@ -695,12 +710,14 @@ def measure_waiting(args):
             for loop in list(loops)[:: 1 - 2 * (repeat % 2)]:  # each is the first as often
                 policy.update(weights())  # an iteration begins with an empty cache
                 policy.tokens.clear()
-                start = time.monotonic()
+                start, cpu = time.monotonic(), cpu_seconds()
                 talks[loop] = loops[loop](prompts, h, H, streams, policy, user, Counter())
                 found[loop]["seconds"].append(time.monotonic() - start)
+                found[loop]["cpu"].append(cpu_seconds() - cpu)
                 found[loop]["tokens"].append(dict(policy.tokens))
                 found[loop]["pairs"].append(len(talks[loop]))
-                print(repeat, name, loop, *(found[loop][k][-1] for k in ("seconds", "tokens", "pairs")), file=sys.stderr, flush=True)
+                print(repeat, name, loop, *(found[loop][k][-1] for k in ("seconds", "cpu", "tokens", "pairs")),
+                      file=sys.stderr, flush=True)  # fmt: skip
             ids = [[(a.ids, b.ids) for a, b, _ in talk] for talk in talks.values()]
             assert args.policy or ids[0] == ids[1]  # a scripted user: the same conversations, in the same order
         rows += found.values()
@@ -708,14 +725,16 @@ def measure_waiting(args):
 
 
 def waiting_table(found):
-    lines = ["| who | loop | seconds | turn by turn / this | pairs | policy: prefill | cached | decode |", "|---" * 8 + "|"]
+    lines = ["| who | loop | seconds | turn by turn / this | CPU seconds | pairs | policy: prefill | cached | decode |",
+             "|---" * 9 + "|"]  # fmt: skip
     before = {}
     for r in found["rows"]:
         before.setdefault(r["what"], r["seconds"])
         ratios = [a / b for a, b in zip(before[r["what"]], r["seconds"])]
         sums = {k: sum(t.get(k, 0) for t in r["tokens"]) for k in ("prefill", "cached", "decode")}
         lines.append(f"| {r['what']} | {r['loop']} | {', '.join(f'{x:.1f}' for x in r['seconds'])} | "
-                     f"{', '.join(f'{x:.2f}' for x in ratios)} | {sum(r['pairs'])} | "
+                     f"{', '.join(f'{x:.2f}' for x in ratios)} | {', '.join(f'{x:.1f}' for x in r['cpu'])} | "
+                     f"{sum(r['pairs'])} | "
                      f"{' | '.join(str(n) for n in sums.values())} |")  # fmt: skip
     return lines
 

@@ -50,7 +50,6 @@ def run(argv):
     sys.path.insert(0, os.path.dirname(HERE))
     import evaluate
     import refuel
-    import simulator
     import toy
     from machinery import fsdp, ranks, run
 
