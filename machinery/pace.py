@@ -23,7 +23,7 @@ def policy_side(policy, dialogues):
     if hasattr(policy, "requests"):
         return policy.requests()
     if getattr(policy, "threads", 0):
-        return Threads(policy.answer, policy, dialogues)
+        return Threads(policy.answer, policy, dialogues, pause=0.01)  # else two sides in threads would never rest
     return Batches(policy.answer)
 
 
@@ -67,8 +67,8 @@ class Threads:
 
     PATIENCE = 5  # seconds for the threads to end once they are stopped
 
-    def __init__(self, answer, who, dialogues):
-        self.answer, self.who = answer, who
+    def __init__(self, answer, who, dialogues, pause=0):
+        self.answer, self.who, self.pause = answer, who, pause  # pause: seconds to wait while others have work
         self.waiting, self.answered, self.asking = deque(), queue.SimpleQueue(), 0
         self.failed, self.allowed = set(), math.ceil(getattr(who, "limit", 1) * dialogues)
 
@@ -93,10 +93,13 @@ class Threads:
             self.answered.put((n, dialogue, None, error))
 
     def take(self, idle):
-        found = []
-        while self.asking and (not self.answered.empty() or (idle and not found)):
-            n, dialogue, answer, error = self.answered.get()
-            self.asking -= 1
+        found, wait = [], None if idle else self.pause
+        while self.asking:
+            try:
+                n, dialogue, answer, error = self.answered.get(wait != 0, wait)
+            except queue.Empty:
+                break
+            self.asking, wait = self.asking - 1, 0
             if error:
                 raise error
             found.append((n, dialogue, answer))

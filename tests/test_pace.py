@@ -111,6 +111,23 @@ def test_nobody_waits_for_the_slowest_reply():
     assert [len(d.spans) for d in done] == [4] * 4 and not any(d.failed for d in done)
 
 
+def test_two_sides_in_threads_rest_while_both_wait():
+    class Slow(Talker):
+        threads = 4
+
+        def answer(self, dialogues):
+            time.sleep(0.1)
+            return super().answer(dialogues)
+
+        def reply(self, dialogues):
+            time.sleep(0.1)
+            return super().reply(dialogues)
+
+    begun = time.thread_time()
+    done = rollout(starts(6), Slow(), Slow(), [3] * 6)
+    assert [len(d.spans) for d in done] == [3] * 6 and time.thread_time() - begun < 0.3  # of a second in all
+
+
 # --- bad days ---------------------------------------------------------------------------------------------------
 
 
