@@ -4,8 +4,8 @@
     python evaluate.py --setting one --policy runs/one NAME=org/model --judge URL --judge-model gpt-4-0613
 
 A policy is a run's folder (its last iteration), a Hugging Face folder or a hub id; or a model behind a server, which is
-played and judged by its texts: NAME=serve:ORG/MODEL, NAME=URL#MODEL (machinery/outside.py). Every policy plays the same openings
-with the same user and the same random streams, for max_turns turns; the judge compares, at each turn h, the
+played and judged by its texts: NAME=serve:ORG/MODEL, NAME=URL#MODEL (machinery/outside.py). Every policy plays the same
+openings with the same user and the same random streams, for max_turns turns; the judge compares, at each turn h, the
 conversations' first h turns. Where the data asks its own questions (setting two) a dialogue has as many turns as
 questions, and whole dialogues are compared (section 4.3). A tie counts half. Intervals are 95 % bootstraps over
 dialogues, since the turns of one dialogue are not independent. Judges: the reward model, the toy world's own reward, or

@@ -62,8 +62,8 @@ class Batches:
 class Threads:
     """Each dialogue is asked about in a thread of its own, at most who.threads at once.
 
-    who.limit, if there is one: the share of the dialogues that may fail; beyond it the server is left alone and those that
-    still wait are given up. who.stop(), if there is one, ends what is being asked."""
+    who.limit, if there is one: the share of the dialogues that may fail; beyond it the server is left alone and those
+    that still wait are given up. who.stop(), if there is one, ends what is being asked."""
 
     PATIENCE = 5  # seconds for the threads to end once they are stopped
 

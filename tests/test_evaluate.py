@@ -386,7 +386,7 @@ def test_a_policy_behind_a_url_is_played_by_its_texts_and_what_it_cannot_tell_is
     assert "another weights" in capsys.readouterr().err
 
 
-def test_answers_of_a_server_that_are_cut_or_absent_are_counted_and_too_many_stop_the_command(cfg, serve, capsys, base, tmp_path):
+def test_answers_that_are_cut_or_absent_are_counted_and_too_many_stop_the_command(cfg, serve, capsys, base, tmp_path):
     lost = simulator.test_prompts(cfg, toy.make_tokenizer())[3].messages[0]["content"]
     server = clerk_at(serve, lambda body: body["messages"][0]["content"] == lost and len(body["messages"]) > 1)
     cfg = replace(cfg, max_turns=2, max_new_tokens=9, max_failures=0.3)

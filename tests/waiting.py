@@ -167,7 +167,8 @@ def main():
         for sharing in ("slices", "needs", "apart"):
             ways = (True, True), (False, True), (False, False)
             before, pace, flow = (wave_seconds(prompts, args.waves, *way, sharing) for way in ways)
-            print(f"| {prompts} | {sharing} | {before:.0f} | {pace:.0f} | {before / pace:.2f} | {flow:.0f} | {before / flow:.2f} |")
+            times = f"{pace:.0f} | {before / pace:.2f} | {flow:.0f} | {before / flow:.2f}"
+            print(f"| {prompts} | {sharing} | {before:.0f} | {times} |")
 
 
 if __name__ == "__main__":
