@@ -3,12 +3,13 @@
     python evaluate.py --setting toy --policy runs/toy/iter_2/policy [more ...]
     python evaluate.py --setting one --policy runs/one NAME=org/model --judge URL --judge-model gpt-4-0613
 
-A policy is a run's folder (its last iteration), a Hugging Face folder or a hub id. Every policy plays the same openings
-with the same user and the same random streams, for max_turns turns or until the user ends it; the judge compares, at
-each turn h, the conversations' first h turns. Where the data asks its own questions (setting two) a dialogue has as many
-turns as questions, and whole dialogues are compared (section 4.3). A tie counts half. Intervals are 95 % bootstraps over
-dialogues, since the turns of one dialogue are not independent. Judges: the reward model, a world's own reward, or a
-language model that is asked in both orders, at an OpenAI-compatible URL (key: OPENAI_API_KEY) or from a checkpoint in
+A policy is a run's folder (its last iteration), a Hugging Face folder or a hub id; or a model behind a server, which is
+played and judged by its texts: NAME=serve:ORG/MODEL, NAME=URL#MODEL (machinery/outside.py). Every policy plays the same
+openings with the same user and the same random streams, for max_turns turns or until the user ends it; the judge
+compares, at each turn h, the conversations' first h turns. Where the data asks its own questions (setting two) a dialogue
+has as many turns as questions, and whole dialogues are compared (section 4.3). A tie counts half. Intervals are 95 %
+bootstraps over dialogues, since the turns of one dialogue are not independent. Judges: the reward model, a world's own
+reward, or a language model that is asked in both orders, at an OpenAI-compatible URL (key: OPENAI_API_KEY) or from a checkpoint in
 this process.
 
 Dimension key: N dialogues, H turns.
@@ -26,7 +27,7 @@ from dataclasses import replace
 import numpy as np
 
 import simulator
-from machinery import engines, families, files, fsdp, worlds
+from machinery import engines, families, files, fsdp, outside, worlds
 from machinery.ask import Server
 from machinery.files import BadInput, read_weights, write_file
 from machinery.judges import ANTHROPIC_HH, ULTRAINTERACT, LLMJudge, context_of, local_judge
@@ -128,6 +129,18 @@ def scored(dialogues, reward, turns=None):
     return reward_NH
 
 
+def at_equal_length(dialogues, reference, verdict_NH, turns):
+    """Tokens an answer at each stage, and the win rates at equal length; of dialogues whose tokens are known."""
+    seen_NH = lengths(dialogues, turns)  # what the judge saw at turn h
+    longer_NH = seen_NH - lengths(reference, turns)
+    turns_N = np.array([len(d.spans) for d in dialogues])
+    answer_NH = np.diff(seen_NH, axis=1, prepend=0) if turns else seen_NH / turns_N[:, None]  # tokens an answer
+    there_NH = turns_N[:, None] > np.arange(turns) if turns else np.ones((len(dialogues), 1))  # who has an answer h
+    length_H = answer_NH.sum(0) / there_NH.sum(0).clip(min=1)
+    controlled_H = np.array([length_controlled(v, x) for v, x in zip(verdict_NH.T / 100, longer_NH.T)])
+    return {"win_controlled": controlled_H, "avg_controlled": controlled_H.mean(), "length": length_H}
+
+
 def summary(dialogues, reference, judge, reward, turns=None):
     """One row of results.json: a policy's dialogues against the reference's, from the same openings; turns: see stages."""
     before = Counter(getattr(judge, "counts", ()))
@@ -137,16 +150,10 @@ def summary(dialogues, reference, judge, reward, turns=None):
     reward_NH = scored(dialogues, reward, turns)
     win_H, (low_H, high_H) = verdict_NH.mean(0), bootstrap(verdict_NH)
     avg_low, avg_high = bootstrap(verdict_NH.mean(1, keepdims=True))[:, 0]
-    seen_NH = lengths(dialogues, turns)  # what the judge saw at turn h
-    longer_NH = seen_NH - lengths(reference, turns)
-    turns_N = np.array([len(d.spans) for d in dialogues])
-    answer_NH = np.diff(seen_NH, axis=1, prepend=0) if turns else seen_NH / turns_N[:, None]  # tokens an answer
-    there_NH = turns_N[:, None] > np.arange(turns) if turns else np.ones((len(dialogues), 1))  # who has an answer h
-    length_H = answer_NH.sum(0) / there_NH.sum(0).clip(min=1)
-    controlled_H = np.array([length_controlled(v, x) for v, x in zip(verdict_NH.T / 100, longer_NH.T)])
     row = {"win": win_H, "low": low_H, "high": high_H, "avg": win_H.mean(), "avg_low": avg_low, "avg_high": avg_high,
-           "win_controlled": controlled_H, "avg_controlled": controlled_H.mean(), "length": length_H,
            "reward": reward_NH.mean(0), "reward_error": reward_NH.std(0) / len(reward_NH) ** 0.5}  # fmt: skip
+    if all(d.ids for d in dialogues):
+        row |= at_equal_length(dialogues, reference, verdict_NH, turns)
     if hasattr(judge, "counts"):
         for name in ("asked", "flips", "unparsable", "unanswered"):
             row[name] = judge.counts[name] - before[name]
@@ -176,6 +183,11 @@ def kl_estimates(logp_NH, base_NH):
     return {k: np.round(v, 6).tolist() for k, v in row.items()}
 
 
+def is_kin(path, reference):
+    """Whether a policy is of the reference's kind, so that one takes the other's weights."""
+    return not outside.is_outside(path) and engines.kind(path) == engines.kind(reference)
+
+
 def kl_to_reference(paths, played, cfg):
     """{name: kl_estimates} of every policy that is the same kind of model as the reference.
 
@@ -183,7 +195,7 @@ def kl_to_reference(paths, played, cfg):
     model = fsdp.load_policy(cfg.reference, cfg).eval()
     base = {}
     for name, path in paths.items():
-        if name != "base" and engines.kind(path) == engines.kind(cfg.reference):
+        if name != "base" and is_kin(path, cfg.reference):
             base[name] = dialogue_logps(model, played[name], cfg.temperature)
     nothing_NH = np.zeros((len(played["base"]), cfg.max_turns))
     rows = {"base": kl_estimates(nothing_NH, nothing_NH)}
@@ -215,7 +227,7 @@ def claim(folder, paths, cfg):
         for name in PLAYED_WITH:
             common[name] = getattr(cfg, name)
         for name, path in paths.items():
-            note(folder, name, path, {"weights": files.fingerprint(path)} | common)
+            note(folder, name, path, {"weights": outside.identity(path)} | common)
 
     on_rank_0(note_all)
 
@@ -230,7 +242,8 @@ def note(folder, name, path, now):
     elif os.path.exists(dialogues) or os.path.exists(f"{dialogues}.parts"):
         raise BadInput(f"{dialogues} does not say which checkpoint played it: remove it or choose another --out")
     else:
-        write_file(file, json.dumps({"checkpoint": os.path.relpath(path, folder)} | now, indent=1))
+        place = path if outside.is_outside(path) else os.path.relpath(path, folder)
+        write_file(file, json.dumps({"checkpoint": place} | now, indent=1))
 
 
 def play(file, path, prompts, policy, user, cfg):
@@ -240,7 +253,10 @@ def play(file, path, prompts, policy, user, cfg):
     `policy` is an engine that takes the checkpoint's weights; another kind of model (Llama 3.1 beside 3: equal shapes,
     other positions) gets an engine of its own."""
     if not os.path.exists(file):
-        if engines.kind(path) == engines.kind(policy.tokenizer.name_or_path):
+        if outside.is_outside(path):
+            policy = outside.load(path, cfg)
+            prompts = [p.copy(ids=[]) for p in prompts]
+        elif engines.kind(path) == engines.kind(policy.tokenizer.name_or_path):
             policy.update(read_weights(path))
         else:
             for _ in read_weights(path):  # which are finite: an engine would play with any
@@ -254,6 +270,8 @@ def play(file, path, prompts, policy, user, cfg):
     def wave(rows, _):
         dialogues = rollout(rows, policy, user, simulator.longest(rows, cfg))
         check_failures(sum(d.failed == "user" for d in dialogues), len(rows), cfg)
+        failed = sum(d.failed == "policy" for d in dialogues)
+        check_failures(failed, len(rows), cfg, failed and f"--policy {path} ({policy.why})")
         return [vars(d) for d in dialogues]
 
     dialogues = []
@@ -355,13 +373,17 @@ def command(argv):
 
 
 def named(arguments):
-    """{name: checkpoint folder} from PATH or NAME=PATH; a run's folder stands for its last iteration."""
+    """{name: checkpoint folder} from PATH or NAME=PATH; a run's folder stands for its last iteration, and what is outside
+    stays as it is."""
     policies = {}
     for argument in arguments:
         name, path = re.fullmatch(r"(?:([\w.-]+)=)?(.*)", argument, re.DOTALL).groups()
         name = name or name_of(path)
         if name in policies or name == "base":
             raise BadInput(f"two policies are called {name} (base is the reference): write NAME={path}")
+        if outside.is_outside(path):
+            policies[name] = path
+            continue
         kept = files.kept_policies(path)
         policies[name] = files.find_checkpoint(kept[max(kept)] if kept else path)
     return policies
@@ -402,14 +424,19 @@ def main(argv=None):
         start_processes()
         policies = named(policies)
         cfg = simulator.prepare(replace(cfg, policy=cfg.reference), trains=False)
+        beside = outside.check(policies.values(), cfg)
         for path in policies.values():
-            files.check_positions(path, cfg)
-            if engines.kind(path) == engines.kind(cfg.reference):  # its KL will be measured
+            if not outside.is_outside(path):
+                files.check_positions(path, cfg)
+            if is_kin(path, cfg.reference):  # its KL will be measured
                 families.check_policy(path)
         claim(cfg.out, {"base": cfg.reference, **policies}, cfg)
         tokenizer = load_tokenizer(cfg.reference)
         judge = load_judge(flags, cfg, lambda text: len(encode(tokenizer, "", text)))
-        policy, user, reward = simulator.load_cast(cfg)
+        for name, path in policies.items():
+            if outside.is_outside(path) and not os.path.exists(os.path.join(cfg.out, "eval", f"{name}.jsonl")):
+                outside.reach(outside.load(path, cfg), path)
+        policy, user, reward = simulator.load_cast(cfg, beside)
         results, played = evaluate(policies, cfg.out, policy, user, reward, cfg, judge)
         if rank() == 0:
             report(results, played, reward, cfg.out)

@@ -4,7 +4,8 @@
     python simulator.py --world FILE.py --policy FOLDER --show 3                    the same of a world of your own
 
 Sections 2 and 4.2. Token ids are the truth and text is a view: what the policy sampled is what is trained on. A dialogue
-is never decoded and tokenised again between turns. Roll-in and roll-out are one function, `rollout`; a reset is a slice.
+is never decoded and tokenised again between turns. Roll-in, roll-out and evaluation are one loop, `converse`; a reset is
+a slice.
 
 Dimension key: H turns.
 """
@@ -19,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from machinery import data, families, rewards, users, worlds
+from machinery import data, families, pace, rewards, users, worlds
 from machinery.engines import load_engine
 from machinery.files import BadInput, check_positions, find_checkpoint, fingerprint, load_config, versions
 from machinery.ranks import on_rank_0, one_line, rank, start_processes, told
-from machinery.seams import END, ask, score
+from machinery.seams import END, score
 from machinery.settings import engine_name, read_config, seed_for
 from machinery.template import (check_history, check_vocabulary, checked, encode, end_token, later_ids, load_tokenizer,
                                 opening_ids, said, stop_tokens)  # fmt: skip
@@ -75,13 +76,13 @@ class Dialogue:
         """Append y_h exactly as it was sampled: no token is added, dropped or decoded and encoded again.
 
         Its message is what the others read of it (template.said): no thoughts, no end token, other control tokens as
-        plain text."""
+        plain text. ids: of a policy behind a server (machinery/outside.py) its text, and then no token is known."""
         if self.messages[-1]["role"] != "user":
             raise BadInput("a dialogue must alternate: an answer follows a user's turn")
-        ids = [int(i) for i in ids]
+        text, ids = (ids, []) if isinstance(ids, str) else (None, [int(i) for i in ids])
         self.spans.append((len(self.ids), len(self.ids) + len(ids)))
         self.ids += ids
-        self.messages.append({"role": "assistant", "content": said(tokenizer, ids, truncated)})
+        self.messages.append({"role": "assistant", "content": said(tokenizer, ids, truncated) if text is None else text})
         self.truncated.append(bool(truncated))
         self.logps.append(float(logp))
         return self
@@ -95,9 +96,10 @@ class Dialogue:
         if self.messages[-1]["role"] != "assistant":
             raise BadInput("a dialogue must alternate: a user's turn follows an answer")
         text = checked(user_text)
-        ids = later_ids(tokenizer, text)
-        ended = self.ids[-1] == ids[0]
-        self.ids += ids[1:] if ended else ids
+        if tokenizer is not None:  # else no token is known
+            ids = later_ids(tokenizer, text)
+            ended = self.ids[-1] == ids[0]
+            self.ids += ids[1:] if ended else ids
         self.messages.append({"role": "user", "content": text})
         return self
 
@@ -155,65 +157,79 @@ class Dialogue:
 # Roll-in, reset, roll-out
 # ---------------------------------------------------------------------------------------------------------------
 # A policy has answer(dialogues) -> [(ids, truncated, ln pi), or None where the context is full] and its tokenizer; a user
-# has reply(dialogues) -> [text, END where the conversation is over, or None where it failed]. Both see whole batches.
-
+# has reply(dialogues) -> [text, END where the conversation is over, or None where it failed]. How each is asked without
+# anybody waiting: machinery/pace.py.
 
 OVER = "over before turn h"
 
 
-def rollout(dialogues, policy, user, turns):
-    """Let policy and user talk until each dialogue has its number of answers (section 2, roll-ins and roll-outs).
+def converse(starts, policy, user, turns, h=None, streams=None):
+    """Policy and user talk, every dialogue at its own pace: roll-in, reset, roll-out and evaluation (section 2).
 
-    dialogues: states s_h at which the assistant speaks next; turns: how many assistant turns each ends with, or fewer
-    where the user ends it. Returns new dialogues, each ending with an answer; one that user or policy had to give up
-    carries `failed`."""
-    dialogues = [d.copy() for d in dialogues]
-    goals = {id(d): int(n) for d, n in zip(dialogues, turns, strict=True)}
-    active = [d for d in dialogues if len(d.spans) < goals[id(d)]]
-    while active:
-        for d, answer in zip(active, policy.answer(active), strict=True):
-            if answer is None:
-                d.failed = "too long"
-            else:
+    starts: states at which the assistant speaks next; turns: how many assistant turns each ends with, or fewer where the
+    user ends it; h, streams: as soon as the n-th dialogue is at s_h, h = h[n], a second one parts from it, with streams[n]
+    for its own noise.
+    Returns the dialogues and the second ones (None where s_h was not reached), as they ended; one that user or policy
+    had to give up carries `failed`."""
+    firsts, seconds = [d.copy() for d in starts], [None] * len(starts)
+    speaking, asking = pace.policy_side(policy, len(starts)), pace.user_side(user, len(starts))
+
+    def go_on(n, d):
+        """In d, the n-th dialogue or the one that has parted from it, the assistant speaks next."""
+        if h is not None and seconds[n] is None and len(d.spans) >= h[n] - 1:
+            seconds[n] = d.reset(h[n]).copy(stream=streams[n])
+            go_on(n, seconds[n])
+        if len(d.spans) < turns[n] and not firsts[n].failed:  # without the first the second one is no use
+            speaking.put(n, d)
+
+    try:
+        for n, d in enumerate(firsts):
+            go_on(n, d)
+        while speaking or asking:
+            for n, d, answer in speaking.take(idle=not asking):
+                if answer is None:
+                    d.failed = getattr(policy, "failure", "too long")
+                    continue
                 d.add_answer(policy.tokenizer, *answer)
-        heard = [d for d in active if len(d.spans) < goals[id(d)] and not d.failed]
-        active = []
-        for d, text in zip(heard, ask(user, heard), strict=True):
-            if text is None:
-                d.failed = "user"
-            elif text is not END:
-                active.append(d.add_user(policy.tokenizer, text))
-    return dialogues
+                if len(d.spans) < turns[n]:
+                    asking.put(n, d)
+            for n, d, text in asking.take(idle=not speaking):
+                if text is None:
+                    d.failed = "user"
+                elif text is not END:
+                    d.add_user(policy.tokenizer, text)
+                    go_on(n, d)
+    finally:
+        speaking.leave()
+        asking.leave()
+    return firsts, seconds
+
+
+def rollout(dialogues, policy, user, turns):
+    """New dialogues: those given, let on until each has its number of answers (`converse`, without a reset)."""
+    return converse(dialogues, policy, user, turns)[0]
 
 
 def futures(starts, h, H, streams, policy, user, dropped):
-    """Line 3 of Algorithm 1: roll in and on to turn H, reset to s_h, and roll out from there a second time.
+    """Line 3 of Algorithm 1: roll in to s_h, and from there both futures on to turn H.
 
     starts: where the roll-ins begin; h, H: turns, one of each a start; streams: the starts' random numbers. The first
-    roll-out continues the roll-in: the trajectory's own y_h is a sample of pi_t(.|s_h). The second one starts anew at s_h
-    with its own noise, for policy and user alike, so that only the prefix is shared.
+    future continues the roll-in: the trajectory's own y_h is a sample of pi_t(.|s_h). The second one has its own noise
+    from s_h on, for policy and user alike, so that only the prefix is shared.
     Returns [(the first conversation, the second, h)]; those that failed are counted in `dropped`.
 
     A user may end a conversation before turn H. Then there may be no s_h: nothing is left to decide there, Eq. 1 has
     nothing to fit, and the prompt gives no pair. h is not drawn again among the turns that there are: it would then depend
     on what came after s_h, so that y, whose future chose h, would not be exchangeable with y'."""
-    firsts = rollout([d.copy(stream=(s, 0)) for d, s in zip(starts, streams, strict=True)], policy, user, H)
-    whole, resets = [], []
-    for first, turn, last, stream in zip(firsts, h, H, streams, strict=True):
-        if first.failed:
-            dropped[first.failed] += 1
-        elif len(first.spans) < turn:
-            dropped[OVER] += 1
-        else:
-            whole.append((first, int(turn), int(last)))
-            resets.append(first.reset(turn).copy(stream=(stream, 1)))
-    seconds = rollout(resets, policy, user, [last for _, _, last in whole])
+    firsts, seconds = converse([d.copy(stream=(s, 0)) for d, s in zip(starts, streams, strict=True)], policy, user, H, h,
+                               [(s, 1) for s in streams])  # fmt: skip
     found = []
-    for (first, turn, _), second in zip(whole, seconds, strict=True):
-        if second.failed:
-            dropped[second.failed] += 1
+    for first, second, turn in zip(firsts, seconds, h, strict=True):
+        failed = first.failed or (second.failed if second else OVER)
+        if failed:
+            dropped[failed] += 1
         else:
-            found.append((first, second, turn))
+            found.append((first, second, int(turn)))
     return found
 
 
@@ -321,11 +337,13 @@ def check_cast(cfg):
         rewards.check_reward(cfg)
 
 
-def load_cast(cfg):
-    """(the policy's engine, the user, the reward); the user first: a server that does not start is found at once."""
+def load_cast(cfg, beside=None):
+    """(the policy's engine, the user, the reward); the user first: a server that does not start is found at once.
+
+    beside: another served model that has the user's part of the GPUs, where the user has none."""
     check_cast(cfg)
     user = worlds.load_user(cfg.user) if worlds.world_file(cfg.user) else users.load_user(cfg)
-    policy = load_engine(cfg.policy, cfg)
+    policy = load_engine(cfg.policy, replace(cfg, user=beside) if beside else cfg)
     reward = worlds.load_reward(cfg.reward) if worlds.world_file(cfg.reward) else rewards.load_reward(cfg)
     return policy, user, reward
 

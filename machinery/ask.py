@@ -5,6 +5,7 @@ they come; a server's reply that is empty because it was cut comes with a why to
 """
 import asyncio
 import base64
+import contextlib
 import itertools
 import json
 import os
@@ -45,7 +46,7 @@ class Server:
 
     def __init__(self, url, model, timeout=120, tries=5, pause=1.0, threads=16, flag="--judge", **options):
         """options: temperature (0), max_tokens (512), whole: a reply that was cut (its finish_reason is not "stop") is
-        given as empty."""
+        given as empty; else as it is, with why it was cut beside it."""
         if not re.fullmatch(r"https?://[^/@?#\s]+(/[^?#\s]*)?", url):
             raise BadInput(f"{flag}: a URL is http(s)://HOST[:PORT]/v1, and the key stands in OPENAI_API_KEY only")
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
@@ -56,11 +57,12 @@ class Server:
         self.threads = max(1, threads // world())
         self.options = dict(temperature=0, max_tokens=512, whole=False) | options
         self.refused = set()  # the parameters that this server does not take
+        self.certificates, self.loops = None, set()  # what is being asked, in whatever threads
         self.echo = echo(self.key) if len(self.key) > 7 else None  # a placeholder such as EMPTY is no secret
 
     def __call__(self, prompts, seeds=None, allowed=None):
         """(number, reply, None) or (number, None, why) as they come; given up after `allowed` failures, and what was
-        not asked then has None as its why.
+        not asked then has None as its why. A prompt is a text, or {"messages": a conversation, and its own max_tokens}.
 
         Each call has an event loop of its own, so that several threads can ask at once; it runs while the caller waits
         for the next reply."""
@@ -69,6 +71,7 @@ class Server:
         questions = zip(itertools.count(), prompts, seeds)
         client, loop = self.client(), asyncio.new_event_loop()
         open_tasks, failed, gave_up = set(), 0, asyncio.Event()
+        self.loops.add(loop)
         try:
             while True:
                 for number, prompt, seed in itertools.islice(questions, self.threads - len(open_tasks)):
@@ -84,8 +87,15 @@ class Server:
                         gave_up.set()
                     yield number, reply, why
         finally:
+            self.loops.discard(loop)
             loop.run_until_complete(close(client))
             loop.close()
+
+    def stop(self):
+        """End what other threads are asking: there it is a CancelledError."""
+        for loop in list(self.loops):
+            with contextlib.suppress(RuntimeError):  # it has ended by itself
+                loop.call_soon_threadsafe(cancel, loop)
 
     def client(self):
         """The time-outs of a client are of single operations; ours, of a whole request, is in `post`."""
@@ -94,7 +104,10 @@ class Server:
             headers["Authorization"] = f"Bearer {self.key}"
         limits = httpx2.Limits(max_connections=None)  # there are as many as open tasks
         try:
-            return httpx2.AsyncClient(headers=headers, timeout=None, limits=limits, trust_env=self.trust_env)
+            if self.certificates is None:  # 0.1 s to read: once, not for each question of a thread
+                self.certificates = httpx2.create_ssl_context(trust_env=self.trust_env)
+            return httpx2.AsyncClient(headers=headers, timeout=None, limits=limits, trust_env=self.trust_env,
+                                      verify=self.certificates)  # fmt: skip
         except (ImportError, *self.FAULTS) as error:
             why = self.one_line(str(error))
             raise BadInput(f"{self.flag}: the environment's proxy or certificates: {why}") from None
@@ -134,13 +147,14 @@ class Server:
                 tqdm.write(f"{self.flag} {self.model} does not take {name}: {LEFT_OUT[name]} ({said})")
 
     def body(self, prompt, seed):
-        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}]}
+        asked = self.options | (prompt if isinstance(prompt, dict) else {"messages": [{"role": "user", "content": prompt}]})
+        body = {"model": self.model, "messages": asked["messages"]}
         if "temperature" not in self.refused:
-            body["temperature"] = self.options["temperature"]
+            body["temperature"] = asked["temperature"]
         if "max_tokens" in self.refused:
-            body["max_completion_tokens"] = self.options["max_tokens"]
+            body["max_completion_tokens"] = asked["max_tokens"]
         else:
-            body["max_tokens"] = self.options["max_tokens"]
+            body["max_tokens"] = asked["max_tokens"]
         if seed is not None and "seed" not in self.refused:
             body["seed"] = (seed ^ seed >> 31) & 0x7FFFFFFF  # some servers take no more than 31 bits
         return body
@@ -169,11 +183,14 @@ class Server:
         said = ""
         if not isinstance(text, str):  # a refusal, a call of a tool, reasoning alone
             said = json.dumps({k: v for k, v in message.items() if v and k != "role"}, ensure_ascii=False)
-        if self.options["whole"] and finish not in (None, "stop"):
-            return "", self.one_line(f"a reply that was cut, finish_reason {finish} {said}")
+        cut = None
+        if finish not in (None, "stop"):
+            cut = self.one_line(f"a reply that was cut, finish_reason {finish} {said}")
+        if self.options["whole"] and cut:
+            return "", cut
         if not isinstance(text, str):
             raise ValueError(f"a reply without text, finish_reason {finish}: {said}")
-        return without_thoughts(text), None
+        return without_thoughts(text), cut
 
     def hidden(self, text):
         """The text without the key, should the server echo it."""
@@ -199,6 +216,11 @@ def echo(key):
             pattern += rf"(?:\\{{0,4}}{plain}|\\{{1,4}}u(?i:{ord(c):04x})|%(?:25){{0,3}}(?i:{ord(c):02x}))"
         patterns.append(pattern)
     return re.compile("|".join(patterns))
+
+
+def cancel(loop):
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
 
 
 async def close(client):

@@ -22,6 +22,7 @@ class Engine:
     """A checkpoint that samples: temperature only, no top-p, no top-k, no repetition penalty.
 
     generate(prompts, seeds, limits) -> [(ids, truncated, logp)]    ids end with the end token unless truncated
+    requests()                  vLLM's alone: takes dialogues while it works (machinery/pace.py)
     sleep()                     leaves the GPU until the next update
     update(weights)             new weights in place: an iterable of (name, tensor) in the checkpoint's names
     tokens                      what was computed: prefill (padding included), decode; and cached, what was not
@@ -40,12 +41,17 @@ class Engine:
         """The same for rows of (ids, seed) or (ids, seed, most tokens of the answer)."""
         fitting = {}  # by the row's number
         for i, (ids, seed, *limit) in enumerate(rows):
-            most = min([self.max_new_tokens, *filter(None, limit)])
-            if len(ids) + most <= self.max_length:
+            most = self.room(ids, *limit)
+            if most:
                 fitting[i] = ids, seed, most
         answers = self.generate(*zip(*fitting.values())) if fitting else []
         found = dict(zip(fitting, answers, strict=True))
         return [found.get(i) for i in range(len(rows))]
+
+    def room(self, ids, limit=None):
+        """The most tokens of an answer to `ids`; None where it might not fit the context."""
+        most = min(self.max_new_tokens, limit) if limit else self.max_new_tokens
+        return most if len(ids) + most <= self.max_length else None
 
 
 class TransformersEngine(Engine):
@@ -54,7 +60,7 @@ class TransformersEngine(Engine):
     The keys and values of the last batch are kept: dialogues that all continue it, as they do turn by turn within a
     wave, compute only what is new to them."""
 
-    def __init__(self, path, max_new_tokens, temperature, max_length, batch=512):
+    def __init__(self, path, max_new_tokens, temperature, max_length, batch=1024):
         super().__init__(path, max_new_tokens, temperature, max_length)
         from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -202,28 +208,46 @@ class VLLMEngine(Engine):
             room = max(128 << 20, 8 * max_length * cache_bytes(path))
             options = dict(dtype="float32", enforce_eager=True, kv_cache_memory_bytes=room, block_size=32,
                            enable_chunked_prefill=False, max_num_batched_tokens=max(max_length, 8192))  # fmt: skip
-        self.asleep = False
+        self.asleep, self.begun = False, 0
         self.engine = LLM(str(path), max_model_len=max_length, max_num_seqs=256, seed=0, generation_config="vllm",
                           enable_prefix_caching=True, logprobs_mode="processed_logprobs", skip_tokenizer_init=True,
                           disable_log_stats=True, **options)  # fmt: skip
         torch.set_num_threads = threads
 
     def generate(self, prompts, seeds, limits):
+        numbers = [self.begin(*row) for row in zip(prompts, seeds, limits, strict=True)]
+        answers = {}
+        while len(answers) < len(numbers):
+            answers.update(self.step())
+        return [answers[number] for number in numbers]
+
+    def begin(self, ids, seed, limit):
+        """A request of its own, beside those that are being answered: its number."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         # ignore_eos: only our own stop tokens end an answer, the same ones for both engines
-        params = [SamplingParams(max_tokens=limit, temperature=self.temperature, seed=seed, logprobs=0,
-                                 stop_token_ids=self.stop, ignore_eos=True, detokenize=False)
-                  for seed, limit in zip(seeds, limits)]  # fmt: skip
-        outputs = self.engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        params = SamplingParams(max_tokens=limit, temperature=self.temperature, seed=seed, logprobs=0,
+                                stop_token_ids=self.stop, ignore_eos=True, detokenize=False,
+                                output_kind=RequestOutputKind.FINAL_ONLY)  # fmt: skip
+        self.begun += 1
+        self.engine.llm_engine.add_request(str(self.begun), {"prompt_token_ids": ids}, params)
+        return self.begun
+
+    def step(self):
+        """One token more for every request; [(number, answer)] of those that end with it."""
         answers = []
-        for request in outputs:
+        for request in self.engine.llm_engine.step():
             out = request.outputs[0]
             cached, read = request.num_cached_tokens, len(request.prompt_token_ids)
             self.tokens.update(prefill=read - cached, cached=cached, decode=len(out.token_ids) - 1)
             logp = sum(step[i].logprob for i, step in zip(out.token_ids, out.logprobs))
-            answers.append((list(out.token_ids), out.finish_reason == "length", logp))
+            answers.append((int(request.request_id), (list(out.token_ids), out.finish_reason == "length", logp)))
         return answers
+
+    def requests(self):
+        """Who answers dialogues as they come (machinery/pace.py)."""
+        return Requests(self)
 
     def sleep(self):
         """Leave the GPU to the trainer, weights and cache dropped, until new weights come. (On a CPU: nothing.)"""
@@ -247,6 +271,33 @@ class VLLMEngine(Engine):
             self.engine.wake_up(tags=["kv_cache"])
             self.asleep = False
         self.engine.reset_prefix_cache()  # without it the next answers are computed from the old policy's cache
+
+
+class Requests:
+    """pace.py's put, take and leave by vLLM: it takes new requests while it works, and each take is a step."""
+
+    def __init__(self, engine):
+        self.engine, self.asked, self.too_long = engine, {}, []
+
+    def __len__(self):
+        return len(self.asked) + len(self.too_long)
+
+    def put(self, n, dialogue):
+        most = self.engine.room(dialogue.ids, dialogue.limit)
+        if most is None:
+            self.too_long.append((n, dialogue, None))
+        else:
+            self.asked[self.engine.begin(dialogue.ids, dialogue.seed("policy"), most)] = n, dialogue
+
+    def take(self, idle):
+        found, self.too_long = self.too_long, []
+        for number, answer in self.engine.step() if self.asked else ():
+            found.append((*self.asked.pop(number), answer))
+        return found
+
+    def leave(self):
+        if self.asked:
+            self.engine.engine.llm_engine.abort_request([str(number) for number in self.asked])
 
 
 def cache_bytes(path):

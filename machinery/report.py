@@ -70,7 +70,8 @@ def details(results):
              "KL a conversation (k1)", "KL (k3)"]  # fmt: skip
     rows = []
     for name, r in results.items():
-        cells = [name, f"{r['avg']:.1f}", f"{r['avg_controlled']:.1f}", f"{np.mean(r['length']):.1f}"]
+        cells = [name, f"{r['avg']:.1f}"]
+        cells += [f"{r['avg_controlled']:.1f}", f"{np.mean(r['length']):.1f}"] if "length" in r else ["-"] * 2
         cells += [f"{r['flip_rate']:.1f}", str(r["unparsable"]), str(r["unanswered"])] if "asked" in r else ["-"] * 3
         cells += [f"{r[k]:.3f} +- {r[k + '_error']:.3f}" for k in ("kl", "kl_k3")] if "kl" in r else ["-"] * 2
         rows.append(cells)

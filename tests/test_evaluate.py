@@ -2,6 +2,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,11 @@ from machinery import engines
 import evaluate
 from machinery import files
 from machinery import logps
+from machinery import outside
+from machinery import serve as machinery_serve
+from machinery.ask import Server
 import simulator
+import toy
 from evaluate import by_reward, dialogue_logps, length_controlled, win_rate
 from machinery.files import BadInput
 from simulator import Dialogue
@@ -341,12 +346,90 @@ def test_a_checkpoint_of_another_kind_gets_its_own_engine_and_no_kl(trained, bas
     assert "| odd |" in report.table(results)
 
 
+# --- policies behind a server -----------------------------------------------------------------------------------
+
+
+def clerk_at(serve, fails=lambda body: False):
+    """A server that plays the clerk of the toy: it proposes and asks; cut where it may say fewer than 16 tokens."""
+    server = serve(None)
+
+    def reply(body):
+        if fails(body):
+            return 500, b"overloaded"
+        finish = "stop" if body["max_tokens"] == 16 else "length"
+        said = "try the small red wool hat . which " + ("size ?", "kind ?")[body["seed"] % 2]
+        return 200, json.dumps({"choices": [{"message": {"content": said}, "finish_reason": finish}]}).encode()
+
+    server.reply = reply
+    return server
+
+
+def test_a_policy_behind_a_url_is_played_by_its_texts_and_what_it_cannot_tell_is_a_dash(base, tmp_path, capsys, serve):
+    server, out = clerk_at(serve), str(tmp_path / "out")
+    run_main(["--policy", f"clerk={server.url}#org/clerk", f"again={base}", "--out", out], base)
+    results, printed = files.read_json(f"{out}/results.json"), capsys.readouterr().out
+    assert list(results) == ["base", "clerk", "again"] and results["again"]["win"] == [50.0, 50.0]
+    assert {"win", "low", "avg", "reward", "dialogues"} <= results["clerk"].keys() and results["clerk"]["failed"] == 0
+    assert not results["clerk"].keys() & {"kl", "kl_turn", "length", "win_controlled", "avg_controlled"}
+    assert re.search(r"^\| clerk \| [\d.]+ \| - \| - \| - \| - \| - \| - \| - \|$", printed, re.M)
+    played = [Dialogue.from_json(row) for row in files.read_sealed(f"{out}/eval/clerk.jsonl")]
+    bodies = [body for _, _, body in server.requests[1:]]  # after the one that looks whether it is there
+    assert len(bodies) == 20 == len({body["seed"] for body in bodies}) and {b["model"] for b in bodies} == {"org/clerk"}
+    sent = sorted(json.dumps(body["messages"]) for body in bodies)
+    assert sent == sorted(json.dumps(d.messages[:n]) for d in played for n in (1, 3))
+    assert {(b["temperature"], b["max_tokens"]) for b in bodies} == {(1.0, 16)} and not any(d.ids for d in played)
+    asked = len(server.requests)
+    run_main(["--policy", f"clerk={server.url}#org/clerk", f"again={base}", "--out", out, "--judge", "world"], base)
+    assert len(server.requests) == asked  # what is played is kept
+    with pytest.raises(SystemExit):
+        run_main(["--policy", f"clerk={server.url}#org/other", f"again={base}", "--out", out], base)
+    assert "another weights" in capsys.readouterr().err
+
+
+def test_answers_that_are_cut_or_absent_are_counted_and_too_many_stop_the_command(cfg, serve, capsys, base, tmp_path):
+    lost = simulator.test_prompts(cfg, toy.make_tokenizer())[3].messages[0]["content"]
+    server = clerk_at(serve, lambda body: body["messages"][0]["content"] == lost and len(body["messages"]) > 1)
+    cfg = replace(cfg, max_turns=2, max_new_tokens=9, max_failures=0.3)
+    policy = outside.OutsidePolicy(Server(server.url, "m", tries=2, pause=0.01, threads=4, max_tokens=9), cfg)
+    prompts = [d.copy(ids=[]) for d in simulator.test_prompts(cfg, toy.make_tokenizer())]
+    played = simulator.rollout(prompts, policy, toy.Customer(), [2] * 8)
+    gone = [d.failed for d in played if d.messages[0]["content"] == lost]
+    assert set(gone) == {"policy"} and [d.failed for d in played].count("policy") == len(gone) < 8
+    assert all(d.truncated == [True, True] for d in played if not d.failed) and "500 overloaded" in policy.why
+    path = f"{clerk_at(serve, lambda body: len(body['messages']) > 1).url}#m"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outside, "how", lambda cfg: dict(tries=1, temperature=1.0))
+        with pytest.raises(SystemExit):
+            run_main(["--policy", f"gone={path}", "--out", str(tmp_path / "out")], base)
+    error = capsys.readouterr().err
+    last = error.splitlines()[-1]  # behind the bars
+    assert last.startswith(f"evaluate.py: --policy {path} (HTTP 500 overloaded) failed in ") and "Traceback" not in error
+
+
+def test_the_node_serves_a_policy_as_it_serves_a_user(base, tmp_path, capsys, monkeypatch):
+    script = os.path.join(ROOT, "tests", "served.py")
+    monkeypatch.setattr(machinery_serve, "command", lambda path, port, *_: [sys.executable, script, "fake", str(port)])
+    monkeypatch.setattr(machinery_serve, "check_vllm", lambda flag: None)
+    machinery_serve.start.cache_clear()
+    out = str(tmp_path / "out")
+    run_main(["--policy", f"big=serve:{base}", "--out", out], base)
+    (row,) = {d["messages"][1]["content"] for d in files.read_sealed(f"{out}/eval/big.jsonl")}
+    assert row == "Question: go on" and "kl" not in files.read_json(f"{out}/results.json")["big"]
+    assert os.path.exists(f"{out}/policy_0.log")
+    machinery_serve.start.cache_clear()
+
+
 BAD = [
     ("", "--policy"),
     ("--policy nowhere/at/all", "nowhere/at/all"),
     ("--policy {trained} {trained}", "NAME="),
     ("--policy base={trained}", "base is the reference"),
     ("--policy {trained} --judge http://localhost/v1", "--judge-model"),
+    ("--policy http://localhost/v1", "URL#MODEL"),
+    ("--policy http://127.0.0.1:9/v1#m", "does not answer"),
+    ("--policy ftp://localhost/v1#m", "http(s)"),
+    ("--policy serve:no/such/policy", "no/such/policy"),
+    ("--policy a=serve:{base} b=serve:{trained}/iter_2/policy", "one more model"),
     ("--policy {trained} --judge ftp://localhost/v1 --judge-model m", "http(s)"),
     ("--policy {trained} --judge no/such/judge", "no/such/judge"),
     ("--policy {trained} --judg reward", "--judg"),
@@ -363,8 +446,11 @@ def test_bad_input_is_one_line_and_exit_code_2_before_a_model_is_loaded(
     flags, word, trained, base, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(engines, "load_engine", lambda *_: pytest.fail("a model would have been loaded"))
+    monkeypatch.setattr(machinery_serve, "check_vllm", lambda flag: None)
+    monkeypatch.setattr(outside, "how", lambda cfg: dict(tries=1))
     (tmp_path / "file").write_text("a file")
     with pytest.raises(SystemExit) as stop:
-        run_main(["--out", str(tmp_path / "out"), *flags.format(trained=trained, file=tmp_path / "file").split()], base)
+        flags = flags.format(trained=trained, base=base, file=tmp_path / "file")
+        run_main(["--out", str(tmp_path / "out"), *flags.split()], base)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and word in error and "Traceback" not in error
