@@ -1,0 +1,215 @@
+"""python tests/rehearse.py [--layers N] [--out FILE] [flags of refuel.py]: one rank of eight trains the real 8B shape in bfloat16,
+without a GPU, and --plan's column for the trainer is held against it.
+
+Tensors are fake (shapes and types, no numbers) and so is the process group (rank 0 of 8; its collectives do nothing).
+load_policy, FSDP2, pair_logps, refuel_loss, backward, AdamW and full_weights are the real ones. A peak is the most bytes
+that live storages have; what is replaced is what reads numbers (files.check_finite, the comparison at the end of
+families.check_forward, the filling of buffers) or a GPU (the device; bfloat16 is forced). What fakes do not see: types of
+a mixed operation, the allocator's fragments, the work space of kernels, attention's kernel (it is a CPU's)."""
+import os
+import sys
+
+if __name__ == "__main__":  # before anything asks for the rank
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8", "HF_HUB_OFFLINE": "1"}
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+
+import machinery  # noqa: F401  (first: it sets what torch reads when it is imported)
+
+import argparse
+import contextlib
+import json
+import tempfile
+import time
+import weakref
+from unittest import mock
+
+import torch
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+import refuel
+from machinery import families, files, fsdp, logps, plan
+
+LLAMA = plan.LLAMA_8B | dict(model_type="llama", architectures=["LlamaForCausalLM"], max_position_embeddings=8192,
+                             torch_dtype="bfloat16")  # fmt: skip
+KINDS = ("none", "selective", "full")
+RANKS = 8
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of the storages that are alive: now, and the most since `begin`."""
+
+    def __init__(self, fake):
+        super().__init__()
+        self.fake, self.live, self.now, self.most = fake, {}, 0, 0
+
+    def set(self, key, size):
+        self.now += size - self.live.get(key, 0)
+        self.live[key] = size
+        self.most = max(self.most, self.now)
+
+    def gone(self, key):
+        self.set(key, 0)
+        del self.live[key]
+
+    def begin(self):
+        self.most = self.now
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # its local tensors come again
+        wait = func is torch.ops._c10d_functional.wait_tensor.default  # whose fake would be a copy
+        out = args[0] if wait else func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if torch.is_tensor(tensor) and tensor.device.type != "meta" and active_fake_mode() is self.fake:
+                storage = tensor.untyped_storage()
+                if id(storage) not in self.live:
+                    self.set(id(storage), storage.nbytes())
+                    weakref.finalize(storage, self.gone, id(storage))
+        return out
+
+
+def watched(peak):
+    """UntypedStorage.resize_ that tells the peak: FSDP2 frees by a resize to 0."""
+    resize = torch.UntypedStorage.resize_
+
+    def resized(storage, size):
+        resize(storage, size)
+        if id(storage) in peak.live:
+            peak.set(id(storage), size)
+
+    return resized
+
+
+def in_bfloat16(shard):
+    """fsdp.shard as it is on a GPU."""
+
+    def sharded(*args):
+        with mock.patch.object(torch.cuda, "is_available", lambda: True):
+            shard(*args)
+
+    return sharded
+
+
+def check_without_numbers(model, path, own_attention, dtype):
+    """families.check_forward but for its last lines, which compare."""
+    families.both_forwards(model, path, own_attention)
+
+
+def some_pairs(tokens, longest):
+    """As many equal pairs as a forward of `tokens` holds; of a pair's tokens, 827 of 1,536 are of its responses."""
+    count = -(-tokens // longest)
+    length = tokens // count
+    answer = round(length * 827 / 1536 / 2)
+    pair = refuel.Pair([1] * (length - 2 * answer), [2] * answer, [3] * answer, (0.0, 1.0), 2, 3)
+    return [pair] * count
+
+
+def weights_out(model, peak):
+    """The peak while all weights go out one by one, to a file or to the engine."""
+    peak.begin()
+    for _ in fsdp.full_weights(model):
+        pass
+    return peak.most
+
+
+def rehearse(cfg, folder):
+    """({phase of --plan: peak in bytes}, FLOPs of a forward and backward but for attention's) of rank 0."""
+    fake, count = FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False)
+    peak, peaks = Peak(fake), {}
+    pairs = some_pairs(cfg.micro_tokens, 1536)
+    rows = families.random_rows(files.load_config(folder))
+    empty = torch.nn.Module.to_empty
+
+    def to_empty(model, **options):  # until here all is on the meta device: a mesh needs real numbers
+        modes.enter_context(fake)
+        modes.enter_context(peak)
+        return empty(model, **options)
+
+    replaced = [
+        (fsdp, "device", lambda: torch.device("cpu")), (fsdp, "read_slices", lambda *_: None),
+        (fsdp, "shard", in_bfloat16(fsdp.shard)), (torch.nn.Module, "to_empty", to_empty),
+        (torch.UntypedStorage, "resize_", watched(peak)), (families, "fill_buffers", lambda model: None),
+        (families, "check_forward", check_without_numbers), (families, "random_rows", lambda config: rows),
+        (files, "check_finite", lambda path, name, tensor: tensor.isfinite().all()),
+        (logps.SelectedLogps, "BLOCK", {"cpu": logps.SelectedLogps.BLOCK["cuda"]}),
+    ]  # fmt: skip
+    with contextlib.ExitStack() as modes:
+        for owner, name, value in replaced:
+            modes.enter_context(mock.patch.object(owner, name, value))
+        model = fsdp.load_policy(folder, cfg)
+        peaks["check"] = peak.most
+        optimizer = refuel.make_optimizer(model, cfg)
+        peaks["collect"] = peak.now
+        for step in range(4):  # ln pi_t; a step, which makes the moments; two micro-batches of the next
+            peak.begin()
+            with torch.set_grad_enabled(step > 0), count if step == 1 else contextlib.nullcontext():
+                logp_2B = logps.pair_logps(model, pairs, cfg.temperature)
+                if step > 0:
+                    rewards_2B = torch.ones(2, len(pairs))
+                    refuel.refuel_loss(logp_2B, torch.zeros(2, len(pairs)), rewards_2B, cfg.eta).backward()
+            del logp_2B
+            if step == 1:  # its peak would have the counter's own in it
+                optimizer.step()
+                optimizer.zero_grad()
+            peaks["train" if step else "log-probs"] = peak.most
+        peak.begin()
+        optimizer.step()
+        optimizer.zero_grad()
+        peaks["train"] = max(peaks["train"], peak.most)
+        peaks["save"] = weights_out(model, peak)
+        optimizer = refuel.make_optimizer(model, cfg)
+        peaks["wake"] = weights_out(model, peak)
+        peak.begin()
+        row = logps.Row([1] * 2048, [], [], [(300, 650), (775, 1125), (1250, 1600)])
+        with torch.no_grad():
+            logps.scored_tokens(model.eval(), [row] * 8, cfg.temperature)
+        peaks["evaluate: KL"] = peak.most
+        del optimizer
+    return peaks, count.get_total_flops()
+
+
+def compare(argv, layers):
+    """Rows of (activation checkpointing, phase, rehearsed bytes, planned bytes), and {kind: FLOPs}."""
+    rows, flops = [], {}
+    for kind in KINDS:
+        with tempfile.TemporaryDirectory() as folder:
+            with open(os.path.join(folder, "config.json"), "w") as file:
+                json.dump(LLAMA | {"num_hidden_layers": layers}, file)
+            flags = ["--setting", "one", "--activation-checkpointing", kind, "--policy", folder, *argv]
+            cfg, m = refuel.read_config(flags), plan.shape(folder)
+            peaks, flops[kind] = rehearse(cfg, folder)
+        planned = plan.trainer(m, cfg, RANKS, RANKS, (1536, 827))
+        rows += [(kind, phase, peak, planned[phase]) for phase, peak in peaks.items()]
+    return rows, flops
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--out")
+    own, rest = parser.parse_known_args()
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
+    with mock.patch.object(files, "check_weights", lambda path: None), \
+         mock.patch.object(families, "check_stored", lambda model, path: None):  # fmt: skip
+        rows, flops = compare(rest, own.layers)
+    lines = [f"python {' '.join(sys.argv)} ({time.strftime('%Y-%m-%d')})", "",
+             "| `--activation-checkpointing` | phase | rehearsed, GiB | plan, GiB | |", "|---|---|---|---|---|"]  # fmt: skip
+    for kind, phase, peak, planned in rows:
+        lines.append(f"| {kind} | {phase} | {peak / 2**30:.2f} | {planned / 2**30:.2f} | {100 * (planned / peak - 1):+.1f} % |")
+    lines += ["", ", ".join(f"{kind} {n:.5g} FLOPs" for kind, n in flops.items())]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if own.out:
+        files.write_file(own.out, text)
+    return rows, flops
+
+
+if __name__ == "__main__":
+    main()
