@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import toy
-from machinery import data, families, rewards, users
+from machinery import data, families, pairs, rewards, rows, users
 from machinery.engines import load_engine
 from machinery.files import BadInput, check_positions, find_checkpoint, fingerprint, load_config, versions
 from machinery.ranks import barrier, one_line, rank, start_processes
@@ -234,7 +234,10 @@ def prepare(cfg, trains=True):
     tokenizer = load_tokenizer(cfg.policy)
     check_vocabulary(tokenizer, load_config(cfg.policy).vocab_size)
     stop_tokens(cfg.policy, tokenizer)
-    if trains:
+    if trains and cfg.pairs:
+        for _ in pairs.read_pairs(cfg, tokenizer, pairs.LOOK):
+            pass
+    elif trains:
         check_room(train_prompts(cfg, tokenizer, 1), cfg, tokenizer)
     check_room(test_prompts(cfg, tokenizer), cfg, tokenizer)
     if trains and not cfg.iterations:
@@ -311,6 +314,8 @@ def made_of(cfg):
             found[f"content of --{name}"] = fingerprint(find_checkpoint(path))
     if not world(cfg.dataset):
         found["content of --dataset"] = data.fingerprint(cfg)
+    if cfg.pairs:
+        found["content of --pairs"] = rows.content_hash(cfg.pairs)
     return found | versions()
 
 

@@ -206,8 +206,8 @@ def engine_parts(cfg, gpus, ranks, total):
     """{"policy": Part, "user": Part}, the second where the user's model is on these GPUs; gpus: of a node.
 
     What is left of a GPU while pairs are collected is halved between the caches: the policy says four times as much as
-    the user, whose cache of a token is 2.5 times as large and shared out over the node. None is smaller than one
-    dialogue of --max-length: then the plan shows what is missing."""
+    the user, whose cache of a token is 2.5 times as large and shared out over the node. None is smaller than the
+    longest prompt and answer: then the plan shows what is missing."""
     policy, user, reward = shapes(cfg)
     split = split_of(cfg, user, gpus)
     parts = {"policy": engine_part(policy)} | ({"user": engine_part(user, split)} if user else {})
@@ -215,8 +215,8 @@ def engine_parts(cfg, gpus, ranks, total):
     room = (total * (1 - MARGIN) - others - sum(part.awake for part in parts.values())) / len(parts)
     for name, m in (("policy", policy), ("user", user)):
         if m:
-            least = cfg.max_length * cache_of(m, split if name == "user" else 1)
-            parts[name] = parts[name]._replace(cache=max(room, least))
+            longest, over = (cfg.max_length, 1) if name == "policy" else (2 * cfg.max_length + cfg.user_tokens, split)
+            parts[name] = parts[name]._replace(cache=max(room, longest * cache_of(m, over)))
     return parts
 
 

@@ -22,7 +22,9 @@ from machinery import files, fsdp
 from machinery.files import BadInput, iteration_folder, kept_policies, policy_folder
 from machinery.logps import old_logps
 from machinery.meter import describe
+from machinery.pairs import read_pairs
 from machinery.ranks import barrier, dtype, in_waves, on_rank_0, rank, world
+from machinery.template import load_tokenizer
 from machinery.users import check_failures
 
 
@@ -159,6 +161,11 @@ class Run:
         play(prompts of a wave, rng, dropped) -> pairs; read: a pair from its line of pairs.jsonl; speakers: {name: who
         speaks}, whose `tokens`, if it has any, are logged."""
         cfg, start = self.cfg, time.monotonic()
+        if cfg.pairs:
+            pairs = [read(row) for row in read_pairs(cfg, load_tokenizer(cfg.policy), cfg.num_prompts)]
+            if rank() == 0:
+                self.report_pairs(pairs, len(pairs), Counter(), {}, round(time.monotonic() - start, 1))
+            return pairs
 
         def wave(rows, number):
             dropped = Counter()
@@ -192,10 +199,10 @@ class Run:
         if os.path.exists(os.path.join(self.folder, "logps.jsonl")):
             return
         print(f"{len(pairs)} pairs of {prompts} prompts; dropped: {dict(dropped)}", flush=True)
-        cut = [truncated[p.h - 1] for p in pairs for truncated in p.truncated]
+        cut = [truncated[p.h - 1] for p in pairs for truncated in p.truncated if truncated]  # published pairs do not say
+        shares = {"truncated": float(np.mean(cut))} if cut else {}
         log(self.cfg, {"iteration": self.t, "phase": "collect", "pairs": len(pairs), "dropped": dropped,
-                       "reward": float(np.mean([p.rewards for p in pairs])), "truncated": float(np.mean(cut)),
-                       "tokens": tokens, "seconds": seconds})  # fmt: skip
+                       "reward": float(np.mean([p.rewards for p in pairs])), "tokens": tokens, "seconds": seconds} | shares)
 
     # --- ln pi_t and ln pi_0 -------------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ class Config:
     reward: str  # r(s_{H+1})
     reward_tokens: int  # a conversation that is longer for the reward model is dropped and counted, never cut
     dataset: str  # where the first prompts come from: toy, ultrainteract, hh, a file, a folder or a hub id
+    pairs: str  # finished pairs to train on instead of collecting: a file, a folder or a hub id; empty: collect
     engine: str  # vllm, transformers, or auto: vllm where it is installed
     out: str  # the run's folder
     seed: int
@@ -74,7 +75,7 @@ class Config:
 SETTINGS = {
     # eta is REFUEL's best of the grid in docs/baselines.md; lr 5e-4 diverges. The world is described in toy.py.
     "toy": dict(
-        policy="toy", reference="toy", user="toy", reward="toy", dataset="toy", engine="auto", out="runs/toy", seed=0,
+        policy="toy", reference="toy", user="toy", reward="toy", dataset="toy", pairs="", engine="auto", out="runs/toy", seed=0,
         user_model="", user_temperature=0.8, user_tokens=64, max_failures=0.05, reward_tokens=256, max_dialogue=256,
         iterations=2, num_prompts=2048, policy_every=0, max_turns=5, max_new_tokens=16, max_length=256, temperature=1.0,
         eta=30.0, gamma=0.0, penalty=0.0, train_layers=0, lr=1e-4, warmup=0.1, weight_decay=1e-6, batch_size=32,
@@ -89,7 +90,7 @@ SETTINGS = {
         user_temperature=0.8, user_tokens=1024,  # the released code; the paper is silent
         max_failures=0.05,  # ours: the released code takes any reply
         reward="RLHFlow/ArmoRM-Llama3-8B-v0.1", reward_tokens=4096,  # section 4.2; the length is the released code's
-        dataset="ultrainteract", engine="auto", out="runs/one", seed=0,
+        dataset="ultrainteract", pairs="", engine="auto", out="runs/one", seed=0,
         iterations=2, policy_every=0,  # section 4.2
         num_prompts=64_000,  # the released README's episodes, before what is dropped
         max_turns=5,  # section 4.2: H ~ U(5)
@@ -111,7 +112,7 @@ SETTINGS = {
         user="dataset",  # section 4.3: the data's own questions, as many as there are
         user_model="", user_temperature=1.0, user_tokens=1024, max_failures=0.05,  # no model speaks for the user
         reward="sfairXC/FsfairX-LLaMA3-RM-v0.1", reward_tokens=4096,  # section 4.3; no dialogue reaches that length
-        dataset="ultrainteract", engine="auto", out="runs/two", seed=0,
+        dataset="ultrainteract", pairs="", engine="auto", out="runs/two", seed=0,
         num_prompts=32, batch_size=32,  # C.1: |D| = 32
         iterations=0,  # C.1: one pass over the data
         epochs=4,  # the released code: four steps on each |D|; the paper's one epoch is the pass over the data
@@ -174,6 +175,8 @@ def read_config(argv, description=None, **more):
     values = dict(SETTINGS[setting])
     if "policy" in given:
         values["reference"] = given["policy"]  # win rates and KL are against where the training begins
+    if given.get("pairs"):
+        values["iterations"] = 1  # a second one would train pi_2 on what pi_1 has said
     if is_hh(given.get("dataset", "")):
         values |= HH.get(setting, {})
     cfg = Config(setting=setting, **values | given)
@@ -230,6 +233,8 @@ def check(cfg):
     one_pass = cfg.iterations == 0 and cfg.one_training
     demand(cfg.iterations > 0 or one_pass, "iterations", "positive (in setting two, 0 is one pass)")
     demand(math.isfinite(cfg.penalty), "penalty", "a number")
+    alone = cfg.iterations == 1 and not cfg.one_training
+    demand(not cfg.pairs or alone, "pairs", "left out in setting two, and with more than one iteration")
     divides = cfg.replicas > 0 and world() % cfg.replicas == 0
     demand(divides, "replicas", f"a divisor of {world()}, the number of processes")
     demand(0 <= cfg.max_failures <= 1, "max_failures", "a share of the dialogues, in [0, 1]")

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 import refuel
 from machinery import families, files, fsdp, logps, plan
@@ -43,11 +43,11 @@ RANKS = 8
 
 
 class Peak(TorchDispatchMode):
-    """Bytes of the storages that are alive: now, and the most since `begin`."""
+    """Bytes of the storages that are alive: now, and the most since `begin`; FLOPs of matrix products."""
 
     def __init__(self, fake):
         super().__init__()
-        self.fake, self.live, self.now, self.most = fake, {}, 0, 0
+        self.fake, self.live, self.now, self.most, self.flops = fake, {}, 0, 0, 0
 
     def set(self, key, size):
         self.now += size - self.live.get(key, 0)
@@ -66,6 +66,8 @@ class Peak(TorchDispatchMode):
             return NotImplemented  # its local tensors come again
         wait = func is torch.ops._c10d_functional.wait_tensor.default  # whose fake would be a copy
         out = args[0] if wait else func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
         for tensor in tree_iter(out):
             if torch.is_tensor(tensor) and tensor.device.type != "meta" and active_fake_mode() is self.fake:
                 storage = tensor.untyped_storage()
@@ -97,11 +99,6 @@ def in_bfloat16(shard):
     return sharded
 
 
-def check_without_numbers(model, path, own_attention, dtype):
-    """families.check_forward but for its last lines, which compare."""
-    families.both_forwards(model, path, own_attention)
-
-
 def some_pairs(tokens, longest):
     """As many equal pairs as a forward of `tokens` holds; of a pair's tokens, 827 of 1,536 are of its responses."""
     count = -(-tokens // longest)
@@ -119,9 +116,11 @@ def weights_out(model, peak):
     return peak.most
 
 
-def rehearse(cfg, folder):
-    """({phase of --plan: peak in bytes}, FLOPs of a forward and backward but for attention's) of rank 0."""
-    fake, count = FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False)
+def rehearse(cfg, folder, whole=True):
+    """({phase of --plan: peak in bytes}, FLOPs of a forward and backward but for attention's) of rank 0.
+
+    whole: all phases; else only the training, which alone depends on --activation-checkpointing."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
     peak, peaks = Peak(fake), {}
     pairs = some_pairs(cfg.micro_tokens, 1536)
     rows = families.random_rows(files.load_config(folder))
@@ -131,6 +130,11 @@ def rehearse(cfg, folder):
         modes.enter_context(fake)
         modes.enter_context(peak)
         return empty(model, **options)
+
+    def check_without_numbers(model, path, own_attention, dtype):
+        if whole:
+            families.both_forwards(model, path, own_attention)
+        model.set_attn_implementation("pairs")
 
     replaced = [
         (fsdp, "device", lambda: torch.device("cpu")), (fsdp, "read_slices", lambda *_: None),
@@ -144,35 +148,39 @@ def rehearse(cfg, folder):
         for owner, name, value in replaced:
             modes.enter_context(mock.patch.object(owner, name, value))
         model = fsdp.load_policy(folder, cfg)
-        peaks["check"] = peak.most
-        optimizer = refuel.make_optimizer(model, cfg)
-        peaks["collect"] = peak.now
-        for step in range(4):  # ln pi_t; a step, which makes the moments; two micro-batches of the next
+        peaks["collect"], peaks["check"] = peak.now, peak.most
+        if whole:
             peak.begin()
-            with torch.set_grad_enabled(step > 0), count if step == 1 else contextlib.nullcontext():
-                logp_2B = logps.pair_logps(model, pairs, cfg.temperature)
-                if step > 0:
-                    rewards_2B = torch.ones(2, len(pairs))
-                    refuel.refuel_loss(logp_2B, torch.zeros(2, len(pairs)), rewards_2B, cfg.eta).backward()
-            del logp_2B
-            if step == 1:  # its peak would have the counter's own in it
-                optimizer.step()
-                optimizer.zero_grad()
-            peaks["train" if step else "log-probs"] = peak.most
+            with torch.no_grad():
+                logps.pair_logps(model, pairs, cfg.temperature)
+            peaks["log-probs"] = peak.most
+        optimizer = refuel.make_optimizer(model, cfg)
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()  # makes the moments
+        optimizer.zero_grad()
         peak.begin()
+        for _ in range(2):  # micro-batches
+            peak.flops = 0
+            logp_2B = logps.pair_logps(model, pairs, cfg.temperature)
+            refuel.refuel_loss(logp_2B, torch.zeros(2, len(pairs)), torch.ones(2, len(pairs)), cfg.eta).backward()
+        del logp_2B
         optimizer.step()
         optimizer.zero_grad()
-        peaks["train"] = max(peaks["train"], peak.most)
-        peaks["save"] = weights_out(model, peak)
-        optimizer = refuel.make_optimizer(model, cfg)
-        peaks["wake"] = weights_out(model, peak)
-        peak.begin()
-        row = logps.Row([1] * 2048, [], [], [(300, 650), (775, 1125), (1250, 1600)])
-        with torch.no_grad():
-            logps.scored_tokens(model.eval(), [row] * 8, cfg.temperature)
-        peaks["evaluate: KL"] = peak.most
-        del optimizer
-    return peaks, count.get_total_flops()
+        peaks["train"], flops = peak.most, peak.flops
+        if whole:
+            peaks["save"] = weights_out(model, peak)
+            if not cfg.one_training:
+                optimizer = refuel.make_optimizer(model, cfg)
+            peaks["wake"] = weights_out(model, peak)
+            del optimizer
+            model.zero_grad()
+            peak.begin()
+            row = logps.Row([1] * 2048, [], [], [(300, 650), (775, 1125), (1250, 1600)])
+            with torch.no_grad():
+                logps.scored_tokens(model.eval(), [row] * 8, cfg.temperature)
+            peaks["evaluate: KL"] = peak.most
+    return peaks if whole else {"train": peaks["train"]}, flops
 
 
 def compare(argv, layers):
@@ -182,9 +190,9 @@ def compare(argv, layers):
         with tempfile.TemporaryDirectory() as folder:
             with open(os.path.join(folder, "config.json"), "w") as file:
                 json.dump(LLAMA | {"num_hidden_layers": layers}, file)
-            flags = ["--setting", "one", "--activation-checkpointing", kind, "--policy", folder, *argv]
+            flags = ["--setting", "one", *argv, "--activation-checkpointing", kind, "--policy", folder]
             cfg, m = refuel.read_config(flags), plan.shape(folder)
-            peaks, flops[kind] = rehearse(cfg, folder)
+            peaks, flops[kind] = rehearse(cfg, folder, whole=kind == KINDS[0])
         planned = plan.trainer(m, cfg, RANKS, RANKS, (1536, 827))
         rows += [(kind, phase, peak, planned[phase]) for phase, peak in peaks.items()]
     return rows, flops
