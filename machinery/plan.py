@@ -385,17 +385,17 @@ def check(cfg, x=None, only=None):
     worst = too_much(cfg, x, only)
     if worst is None:
         return
-    alone, together, both, there = [], [], cfg, x
+    alone, together, both, there = [], {}, cfg, x
     for words, change, more in remedies(cfg, x):
         if not too_much(replace(cfg, **change), x | more, only):
             alone.append(words)
         if too_much(both, there, only):
             both, there = replace(both, **change), there | more
-            together.append(words)
+            together[words.split()[0]] = words  # full checkpointing takes the place of selective
     if alone:
         advice = "it fits with " + " or ".join(alone)
     elif not too_much(both, there, only):
-        advice = "it fits with " + " and ".join(together)
+        advice = "it fits with " + " and ".join(together.values())
     else:
         advice = "it needs more GPUs, larger ones, or smaller models"
     raise BadInput(f"{worst[0]}: {worst[1]:.1f} GiB are missing on {x['nodes']} x {x['gpus']} GPUs of {x['gpu_memory']:.1f} GiB "

@@ -162,6 +162,7 @@ class Run:
         speaks}, whose `tokens`, if it has any, are logged."""
         cfg, start = self.cfg, time.monotonic()
         if cfg.pairs:
+            os.makedirs(self.folder, exist_ok=True)
             pairs = [read(row) for row in read_pairs(cfg, load_tokenizer(cfg.policy), cfg.num_prompts)]
             if rank() == 0:
                 self.report_pairs(pairs, len(pairs), Counter(), {}, round(time.monotonic() - start, 1))

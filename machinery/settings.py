@@ -103,7 +103,7 @@ SETTINGS = {
         activation_checkpointing="selective", replicas=1,
         checkpoint_steps=50, snapshot_steps=0,
         # ours: as many full-length dialogues as fit in the KV cache beside the user's part of an 80-GB GPU, see --plan
-        wave=64, eval_wave=64,
+        wave=48, eval_wave=64,  # and 500 dialogues over 8 ranks in one round
         eval_dialogues=500,  # section 4.2
     ),
     "two": dict(

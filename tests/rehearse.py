@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 import refuel
+from helpers import in_bfloat16
 from machinery import families, files, fsdp, logps, plan
 
 LLAMA = plan.LLAMA_8B | dict(model_type="llama", architectures=["LlamaForCausalLM"], max_position_embeddings=8192,
@@ -87,16 +88,6 @@ def watched(peak):
             peak.set(id(storage), size)
 
     return resized
-
-
-def in_bfloat16(shard):
-    """fsdp.shard as it is on a GPU."""
-
-    def sharded(*args):
-        with mock.patch.object(torch.cuda, "is_available", lambda: True):
-            shard(*args)
-
-    return sharded
 
 
 def some_pairs(tokens, longest):

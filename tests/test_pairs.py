@@ -9,7 +9,6 @@ import pytest
 import baselines
 import refuel
 import simulator
-from helpers import remove  # noqa: F401  (helpers first: it finds the project)
 from machinery import files, pairs
 from machinery.files import BadInput, read_weights
 
@@ -52,6 +51,7 @@ def test_finished_pairs_train_the_policy_that_their_own_run_has_trained(run, tmp
     start = dict(read_weights(cfg.policy))
     for name, source in {"published": str(tmp_path / "set"), "own": f"{cfg.out}/iter_1/pairs.jsonl"}.items():
         again = simulator.prepare(replace(cfg, pairs=source, out=str(tmp_path / name)))
+        (tmp_path / name).mkdir()
         cast[0].update(read_weights(cfg.policy))
         refuel.train(again, cast)
         for key, tensor in read_weights(f"{again.out}/iter_1/policy"):
