@@ -85,9 +85,10 @@ def shapes(cfg):
 
 
 def model_of(name):
-    """The shape of a model that a flag names; None for a URL or a bare word such as `dataset`."""
+    """The shape of a model that a flag names; None for a URL, a world or a bare word such as `dataset`."""
     path = name.removeprefix("serve:")
-    return None if "://" in path or ("/" not in path and not os.path.isdir(path)) else shape(path)
+    no_model = "://" in path or path.endswith(".py") or ("/" not in path and not os.path.isdir(path))
+    return None if no_model else shape(path)
 
 
 def shape(path):
@@ -96,6 +97,9 @@ def shape(path):
     config = KNOWN.get(path)
     if config is None:
         config = read_json(config_file(path))
+    for name in ("hidden_size", "num_attention_heads", "vocab_size", "intermediate_size", "num_hidden_layers"):
+        if name not in config:
+            raise BadInput(f"{path}: its config.json has no {name}, without which its memory cannot be planned")
     D, heads, V = (config[k] for k in ("hidden_size", "num_attention_heads", "vocab_size"))
     scores = any("Reward" in a or "Classification" in a for a in config.get("architectures") or ())
     head = 0 if config.get("tie_word_embeddings") or scores or not config.get("head", True) else V * D
@@ -353,7 +357,7 @@ def too_much(cfg, x, only=None):
             missing[phase] = sum(row.values()) / GIB - x["gpu_memory"] * (1 - SPARE)
     if x["host_memory"] and only is None:
         pairs, saved = host_memory(cfg, x)
-        missing["the host's memory"] = (x["gpus"] * (pairs + PROCESS) + saved) / GIB - x["host_memory"]
+        missing["the host's memory"] = (x["ranks"] // x["nodes"] * (pairs + PROCESS) + saved) / GIB - x["host_memory"]
     worst = max(missing, key=missing.get)
     return (worst, missing[worst]) if missing[worst] > 0 else None
 

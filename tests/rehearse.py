@@ -146,15 +146,17 @@ def rehearse(cfg, folder, whole=True):
                 logps.pair_logps(model, pairs, cfg.temperature)
             peaks["log-probs"] = peak.most
         optimizer = refuel.make_optimizer(model, cfg)
-        for p in optimizer.param_groups[0]["params"]:
+        learned = optimizer.param_groups[0]["params"]
+        for p in learned:
             p.grad = torch.zeros_like(p)
         optimizer.step()  # makes the moments
         optimizer.zero_grad()
+        for p in learned:
+            p.grad = torch.zeros_like(p)  # of an earlier micro-batch of the step
         peak.begin()
-        for _ in range(2):  # micro-batches
-            peak.flops = 0
-            logp_2B = logps.pair_logps(model, pairs, cfg.temperature)
-            refuel.refuel_loss(logp_2B, torch.zeros(2, len(pairs)), torch.ones(2, len(pairs)), cfg.eta).backward()
+        peak.flops = 0
+        logp_2B = logps.pair_logps(model, pairs, cfg.temperature)
+        refuel.refuel_loss(logp_2B, torch.zeros(2, len(pairs)), torch.ones(2, len(pairs)), cfg.eta).backward()
         del logp_2B
         optimizer.step()
         optimizer.zero_grad()
@@ -165,7 +167,6 @@ def rehearse(cfg, folder, whole=True):
                 optimizer = refuel.make_optimizer(model, cfg)
             peaks["wake"] = weights_out(model, peak)
             del optimizer
-            model.zero_grad()
             peak.begin()
             row = logps.Row([1] * 2048, [], [], [(300, 650), (775, 1125), (1250, 1600)])
             with torch.no_grad():
