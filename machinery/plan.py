@@ -316,7 +316,7 @@ def hours(cfg, x, held):
     for name, n in tokens(cfg, x["answer_tokens"], x["question_tokens"], x["justification_tokens"]).items():
         who, what = name.split(": ")
         m = {"policy": policy, "user": user, "reward": reward, "trainer": policy}[who]
-        if not (m and n):
+        if not (m and n) or (cfg.pairs and who != "trainer"):  # finished pairs are not collected
             continue
         n *= cfg.num_prompts
         if who == "trainer":
@@ -403,7 +403,7 @@ def check(cfg, x=None, only=None):
     else:
         advice = "it needs more GPUs, larger ones, or smaller models"
     raise BadInput(f"{worst[0]}: {worst[1]:.1f} GiB are missing on {x['nodes']} x {x['gpus']} GPUs of {x['gpu_memory']:.1f} GiB "
-                   f"with {x['ranks']} processes (refuel.py --plan has the table); {advice}")  # fmt: skip
+                   f"with {x['ranks']} process{'es' * (x['ranks'] > 1)} (refuel.py --plan has the table); {advice}")  # fmt: skip
 
 
 def show(cfg, x):

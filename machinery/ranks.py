@@ -59,9 +59,9 @@ def check_environment():
     if absent and len(absent) < len(names):
         there = ", ".join(name for name in names if name in os.environ)
         raise BadInput(f"the environment has {there}, but not {', '.join(absent)}: start with torchrun, or unset them")
-    gpus = torch.cuda.device_count()
-    if gpus and local_world() > gpus:  # on all processes alike: the others would wait for those that have none
-        raise BadInput(f"--nproc_per_node {local_world()}: this node has {gpus} GPUs, and each process needs its own")
+    gpus, here = torch.cuda.device_count(), max(local_world(), local_rank() + 1)
+    if gpus and here > gpus:  # on all processes alike: the others would wait for those that have none
+        raise BadInput(f"--nproc_per_node {here}: this node has {gpus} GPUs, and each process needs its own")
 
 
 def start_processes():

@@ -158,7 +158,7 @@ class Run:
         """The iteration's pairs, in waves: every rank plays its waves and keeps each on disk. A wave has its own random
         numbers, so the pairs do not depend on the number of ranks or on where a run was stopped.
 
-        play(prompts of a wave, rng, dropped) -> pairs; read: a pair from its line of pairs.jsonl; speakers: {name: who
+        With --pairs they are read instead. play(prompts of a wave, rng, dropped) -> pairs; read: a pair from its line of pairs.jsonl; speakers: {name: who
         speaks}, whose `tokens`, if it has any, are logged."""
         cfg, start = self.cfg, time.monotonic()
         if cfg.pairs:

@@ -60,6 +60,10 @@ def test_finished_pairs_train_the_policy_that_their_own_run_has_trained(run, tmp
         assert log[0]["pairs"] == len(rows) and ("truncated" in log[0]) == (name == "own")
     assert max((expected[key] - start[key]).abs().max().item() for key in start) > 1e-5
     assert "content of --pairs" in simulator.made_of(again) and again.pairs == source
+    (tmp_path / "dpo").mkdir()
+    baselines.train("dpo-refuel", replace(again, out=str(tmp_path / "dpo")), cast)  # another loss on the same pairs
+    other = dict(read_weights(str(tmp_path / "dpo" / "iter_1" / "policy")))
+    assert max((other[key] - expected[key]).abs().max().item() for key in other) > 1e-6
 
 
 @pytest.mark.parametrize("column, change, words", [

@@ -117,7 +117,7 @@ def test_every_phase_of_setting_one_fits_80_gb_and_the_engines_get_all_that_is_l
     ("--activation-checkpointing none --micro-tokens 8192", {"gpu_memory": 60.0},
      "it fits with --micro-tokens 3072 and --activation-checkpointing full and --user URL"),
     ("", {"gpus": 4}, "it fits with --user URL --user-model NAME or 8 GPUs a node"),
-    ("", {"ranks": 1}, "with 1 processes .* it fits with torchrun --nproc_per_node 8"),
+    ("", {"ranks": 1}, "with 1 process .* it fits with torchrun --nproc_per_node 8"),
     ("", {"gpu": "4090"}, "it needs more GPUs, larger ones, or smaller models"),
     ("", {"host_memory": 40.0}, "the host's memory: 1[0-9].. GiB are missing"),
 ])  # fmt: skip
