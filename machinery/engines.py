@@ -251,6 +251,7 @@ class VLLMEngine(Engine):
                 if self.tied and name == "model.embed_tokens.weight":
                     yield "lm_head.weight", tensor  # else vLLM's tied head silently stays the old one
 
+        self.sleep()  # one that is awake, too: a whole weight in float32 needs the room of the old cache
         if self.asleep:
             torch.cuda.empty_cache()  # what the trainer's allocator keeps is not the engine's yet
             self.engine.wake_up(tags=["weights"])

@@ -205,6 +205,15 @@ def cuda_vllm(monkeypatch):
         def sleep(self, level):
             noted.append(level)
 
+        def wake_up(self, tags):
+            noted.append(tags)
+
+        def collective_rpc(self, name, kwargs):
+            noted.append([n for n, _ in kwargs["weights_iterator"]])
+
+        def reset_prefix_cache(self):
+            noted.append("reset")
+
     module = types.ModuleType("vllm")
     module.LLM, module.__spec__ = LLM, importlib.machinery.ModuleSpec("vllm", None)
     monkeypatch.setitem(sys.modules, "vllm", module)
@@ -225,6 +234,16 @@ def test_of_several_engines_in_a_process_the_one_that_is_updated_sleeps(base, cf
         engine.sleep()
         assert cuda_vllm == [2] * sleeps
         cuda_vllm.clear()
+
+
+@pytest.mark.parametrize("sleeping", [False, True])
+def test_new_weights_find_the_old_ones_and_their_cache_gone(base, cfg, cuda_vllm, monkeypatch, sleeping):
+    monkeypatch.setattr(engines, "gpu_share", lambda *_: plan.Share(1000, 0.5))
+    engine = engines.load_engine(base, replace(cfg, engine="vllm"))
+    for _ in range(sleeping):
+        engine.sleep()
+    engine.update([("a", 1), ("b", 2)])
+    assert cuda_vllm[1:] == [2, ["weights"], ["a", "b"], ["kv_cache"], "reset"] and not engine.asleep
 
 
 def test_what_vllm_refuses_at_its_start_is_one_line(base, cfg, cuda_vllm, monkeypatch):
