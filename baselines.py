@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 import evaluate
 import refuel
-from machinery import files
+from machinery import files, plan
 from machinery.files import BadInput, iteration_folder, policy_folder
 from machinery.ranks import barrier, one_line, rank, start_processes, world
 from machinery.report import footer, markdown, methods_figure, methods_table, whole_dialogues
@@ -332,10 +332,14 @@ def main(argv=None):
     with one_line("baselines.py"):
         cfg, extra = read_config(argv, __doc__, method=dict(required=True, help="all, a loss or a row; several with commas"))
         methods, given = choose(extra["method"]), extra["given"]
+        others = [name for name in methods if not name.endswith("refuel")]
+        if cfg.pairs and others:
+            raise BadInput(f"--pairs takes the place of REFUEL's own: --method refuel, dpo-refuel or rloo-refuel, not {others[0]}")
         if "out" not in given:
             cfg = replace(cfg, out=f"{cfg.out}_baselines")
         start_processes()
         cfg = prepare(cfg)
+        plan.check(cfg)
         open_folder(cfg, made_of)
         for method in methods:
             open_folder(method_config(method, cfg, given), made_of)

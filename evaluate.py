@@ -27,10 +27,10 @@ from dataclasses import replace
 import numpy as np
 
 import simulator
-from machinery import engines, families, files, fsdp, outside, worlds
+from machinery import engines, families, files, fsdp, outside, plan, worlds
 from machinery.ask import Server
 from machinery.files import BadInput, read_weights, write_file
-from machinery.judges import ANTHROPIC_HH, ULTRAINTERACT, LLMJudge, context_of, local_judge
+from machinery.judges import ANTHROPIC_HH, ULTRAINTERACT, LLMJudge, LocalJudge, context_of
 from machinery.logps import dialogue_logps
 from machinery.ranks import barrier, in_waves, on_rank_0, one_line, rank, start_processes
 from machinery.report import footer, side_by_side, table, turns_figure
@@ -246,22 +246,29 @@ def note(folder, name, path, now):
         write_file(file, json.dumps({"checkpoint": place} | now, indent=1))
 
 
-def play(file, path, prompts, policy, user, cfg):
+def stranger(path, policy):
+    """Whether a checkpoint is another kind of model than the engine's, which then cannot take its weights (Llama 3.1
+    beside 3: equal shapes, other positions)."""
+    return not outside.is_outside(path) and engines.kind(path) != engines.kind(policy.tokenizer.name_or_path)
+
+
+def play(file, path, prompts, policy, user, cfg, among=1):
     """All turns of the checkpoint at `path` from each opening, cfg.max_turns or one for each of the data's own
     questions; kept in `file`, played once.
 
-    `policy` is an engine that takes the checkpoint's weights; another kind of model (Llama 3.1 beside 3: equal shapes,
-    other positions) gets an engine of its own."""
+    `policy` is an engine that takes the checkpoint's weights; a stranger gets an engine of its own, one of `among`
+    that share the place of the first, which sleeps from then on."""
     if not os.path.exists(file):
         if outside.is_outside(path):
             policy = outside.load(path, cfg)
             prompts = [p.copy(ids=[]) for p in prompts]
-        elif engines.kind(path) == engines.kind(policy.tokenizer.name_or_path):
+        elif not stranger(path, policy):
             policy.update(read_weights(path))
         else:
             for _ in read_weights(path):  # which are finite: an engine would play with any
                 pass
-            policy = engines.load_engine(path, cfg)
+            policy.sleep()
+            policy = engines.load_engine(path, cfg, "other", among)
             prompts = [Dialogue.start(policy.tokenizer, p.messages[0]["content"], p.secret, p.stream, p.limit, p.system)
                        for p in prompts]  # fmt: skip
 
@@ -305,13 +312,19 @@ def evaluate(policies, folder, policy, user, reward, cfg, judge=None, kl=True):
     paths = {"base": cfg.reference, **policies}
     claim(folder, paths, cfg)
     played = {}
-    for name, path in paths.items():
-        played[name] = play(os.path.join(folder, "eval", f"{name}.jsonl"), path, prompts, policy, user, cfg)
-    played, scores = finished(played, reward), shared(reward)
+    asked = getattr(judge, "ask", None)  # of a language model
+    late = isinstance(asked, LocalJudge)
+    among = sum(stranger(path, policy) for path in paths.values()) + late
+    for name in sorted(paths, key=lambda name: stranger(paths[name], policy)):  # strangers last
+        file = os.path.join(folder, "eval", f"{name}.jsonl")
+        played[name] = play(file, paths[name], prompts, policy, user, cfg, among)
+    played, scores = finished({name: played[name] for name in paths}, reward), shared(reward)
     policy.sleep()  # any later use of it brings weights
     policy.temperature = cfg.temperature
     own = cfg.eval_temperature in (0, cfg.temperature)  # else the dialogues are no samples of the policy that was trained
     divergence = kl_to_reference(paths, played, cfg) if kl and own else {}
+    if late:
+        asked.load(among)
     results = {}
     for dialogues in played.values():
         if hasattr(judge, "check_room"):
@@ -415,7 +428,7 @@ def load_judge(flags, cfg, count):
         room = (flags["judge_context"] or context_of(model) or math.inf) - judge_tokens
         return LLMJudge(Server(name, model, max_tokens=judge_tokens, whole=True), model, folder, wording, room, count)
     path = files.find_checkpoint(name)
-    return LLMJudge(local_judge(path, cfg, judge_tokens), files.fingerprint(path), folder, wording)
+    return LLMJudge(LocalJudge(path, cfg, judge_tokens), files.fingerprint(path), folder, wording)
 
 
 def main(argv=None):
@@ -430,6 +443,7 @@ def main(argv=None):
                 files.check_positions(path, cfg)
             if is_kin(path, cfg.reference):  # its KL will be measured
                 families.check_policy(path)
+        plan.check(cfg, only=("collect", "evaluate: KL"))
         claim(cfg.out, {"base": cfg.reference, **policies}, cfg)
         tokenizer = load_tokenizer(cfg.reference)
         judge = load_judge(flags, cfg, lambda text: len(encode(tokenizer, "", text)))

@@ -75,6 +75,8 @@ class Pair(NamedTuple):
     @classmethod
     def from_json(cls, row):
         """What the regression needs of it, ids as int32: the conversations of 64,000 pairs stay on disk."""
+        if "dialogues" not in row:  # a published one
+            return cls(**row)
         first, second = map(Dialogue.from_json, row["dialogues"])
         pair = cls.of(first, second, row["h"], tuple(row["rewards"]))
         return pair._replace(prefix=array("i", pair.prefix), y=array("i", pair.y), y2=array("i", pair.y2), dialogues=None)
@@ -239,14 +241,15 @@ def train(cfg, cast=None, prompts_of=train_prompts, collect=collect, loss_fn=ref
 
     for t in range(run.t + 1, cfg.iterations + 1):
         run.begin(t)
-        if not cfg.one_training:  # before the collection, which needs the memory of the last iteration's moments
-            run.optimizer = make_optimizer(model, cfg)
         speakers = {"policy": policy, "user": user, "reward": reward}
-        pairs = run.pairs(prompts_of(cfg, policy.tokenizer, t), play, Pair.from_json, speakers)
+        prompts = () if cfg.pairs else prompts_of(cfg, policy.tokenizer, t)
+        pairs = run.pairs(prompts, play, Pair.from_json, speakers)
         policy.sleep()
         pairs = run.hold_out([regularised(pair, cfg) for pair in run.with_logps(pairs)], loss_fn)
         regress(model, run.optimizer, pairs, cfg, loss_fn, run.first_step(), run.after_step, t)
         run.finish()
+        if not cfg.one_training:  # the moments go before the engine wakes, which needs their memory
+            run.optimizer = make_optimizer(model, cfg)
         policy.update(full_weights(model))
     return cast
 
@@ -258,6 +261,7 @@ def main(argv=None):
             return plan.show(cfg, extra)
         start_processes()
         cfg = prepare(cfg)
+        plan.check(cfg)
         open_folder(cfg, made_of)
         if rank() == 0:
             for name, value in asdict(cfg).items():

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from machinery import data, families, pace, rewards, users, worlds
+from machinery import data, families, pace, pairs, rewards, rows, users, worlds
 from machinery.engines import load_engine
 from machinery.files import BadInput, check_positions, find_checkpoint, fingerprint, load_config, versions
 from machinery.ranks import on_rank_0, one_line, rank, start_processes, told
@@ -260,7 +260,10 @@ def prepare(cfg, trains=True):
     tokenizer = load_tokenizer(cfg.policy)
     check_vocabulary(tokenizer, load_config(cfg.policy).vocab_size)
     stop_tokens(cfg.policy, tokenizer)
-    if trains:
+    if trains and cfg.pairs:
+        for _ in pairs.read_pairs(cfg, tokenizer, pairs.LOOK):
+            pass
+    elif trains:
         check_room(train_prompts(cfg, tokenizer, 1), cfg, tokenizer)
     check_room(test_prompts(cfg, tokenizer), cfg, tokenizer)
     if trains and not cfg.iterations:
@@ -363,6 +366,8 @@ def made_of(cfg):
         found["prompts of --dataset"] = worlds.prompts_hash(cfg.dataset)
     else:
         found["content of --dataset"] = data.fingerprint(cfg)
+    if cfg.pairs:
+        found["content of --pairs"] = rows.content_hash(cfg.pairs)
     return found | versions()
 
 

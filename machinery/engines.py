@@ -5,6 +5,7 @@ The policy's lives on each rank through the whole run; its weights are replaced 
 Dimension key: B dialogues, T tokens, V vocabulary.
 """
 import functools
+import gc
 import importlib.util
 import math
 from collections import Counter
@@ -12,10 +13,13 @@ from collections import Counter
 import torch
 
 from machinery import plan
-from machinery.files import BadInput
+from machinery.files import BadInput, brief
 from machinery.ranks import device, dtype, world
 from machinery.settings import engine_name
 from machinery.template import load_tokenizer, stop_tokens
+
+
+REFUSALS = AssertionError, RuntimeError, ValueError  # of vLLM, at its start, in words that a person can act on
 
 
 class Engine:
@@ -192,7 +196,8 @@ class VLLMEngine(Engine):
 
     Paged KV cache with prefix caching: a later turn finds its dialogue cached, so only new tokens are computed."""
 
-    def __init__(self, path, max_new_tokens, temperature, max_length, memory=None):
+    def __init__(self, path, max_new_tokens, temperature, max_length, share=None, sleeps=True):
+        """share: what of a GPU it gets, exactly; sleeps: whether it can leave the GPU, as one engine of a process can."""
         super().__init__(path, max_new_tokens, temperature, max_length)
         from transformers import AutoConfig
 
@@ -201,17 +206,25 @@ class VLLMEngine(Engine):
         from vllm import LLM
 
         if torch.cuda.is_available():
-            options = dict(dtype="bfloat16", gpu_memory_utilization=memory, enable_sleep_mode=True)
+            gc.collect()  # of a trainer that has done its work
+            torch.cuda.empty_cache()
+            options = dict(dtype="bfloat16", kv_cache_memory_bytes=share.cache, gpu_memory_utilization=share.utilization,
+                           max_num_batched_tokens=plan.STEP_TOKENS, enable_sleep_mode=sleeps)  # fmt: skip
             if world() > 1:  # takes LOCAL_RANK's device, the plain form device 0
                 options["distributed_executor_backend"] = "external_launcher"
         else:  # seeded requests crash the CPU build when a prefill is cut into chunks
             room = max(128 << 20, 8 * max_length * cache_bytes(path))
             options = dict(dtype="float32", enforce_eager=True, kv_cache_memory_bytes=room, block_size=32,
                            enable_chunked_prefill=False, max_num_batched_tokens=max(max_length, 8192))  # fmt: skip
-        self.asleep, self.begun = False, 0
-        self.engine = LLM(str(path), max_model_len=max_length, max_num_seqs=256, seed=0, generation_config="vllm",
-                          enable_prefix_caching=True, logprobs_mode="processed_logprobs", skip_tokenizer_init=True,
-                          disable_log_stats=True, **options)  # fmt: skip
+        self.sleeps, self.asleep, self.begun = sleeps, False, 0
+        try:
+            self.engine = LLM(str(path), max_model_len=max_length, max_num_seqs=plan.SEQUENCES, seed=0,
+                              generation_config="vllm", enable_prefix_caching=True, logprobs_mode="processed_logprobs",
+                              skip_tokenizer_init=True, disable_log_stats=True, **options)  # fmt: skip
+        except REFUSALS as error:
+            if isinstance(error, (torch.OutOfMemoryError, torch.distributed.DistError)):
+                raise
+            raise BadInput(f"vLLM does not start with {path}: {type(error).__name__} {brief(error)}") from error
         torch.set_num_threads = threads
 
     def generate(self, prompts, seeds, limits):
@@ -251,7 +264,7 @@ class VLLMEngine(Engine):
 
     def sleep(self):
         """Leave the GPU to the trainer, weights and cache dropped, until new weights come. (On a CPU: nothing.)"""
-        if torch.cuda.is_available() and not self.asleep:
+        if torch.cuda.is_available() and self.sleeps and not self.asleep:
             self.engine.sleep(level=2)
             self.asleep = True
 
@@ -262,6 +275,7 @@ class VLLMEngine(Engine):
                 if self.tied and name == "model.embed_tokens.weight":
                     yield "lm_head.weight", tensor  # else vLLM's tied head silently stays the old one
 
+        self.sleep()  # one that is awake, too: a whole weight in float32 needs the room of the old cache
         if self.asleep:
             torch.cuda.empty_cache()  # what the trainer's allocator keeps is not the engine's yet
             self.engine.wake_up(tags=["weights"])
@@ -322,16 +336,18 @@ def kind(path):
     return {k: v for k, v in config.items() if k not in names}, tokenizer.get_vocab(), tokenizer.chat_template
 
 
-def gpu_share(cfg, who):
-    """The part of a GPU's memory that vLLM may take for the policy or the user; plan.py computes it."""
-    return plan.engine_share(cfg, who) if torch.cuda.is_available() else None
+def gpu_share(cfg, who, path="", among=1):
+    """What of a GPU's memory vLLM gets for an engine; plan.engine_share computes it."""
+    return plan.engine_share(cfg, who, path, among) if torch.cuda.is_available() else None
 
 
-def load_engine(path, cfg, who="policy"):
-    """The engine that --engine names, over one checkpoint."""
+def load_engine(path, cfg, who="policy", among=1):
+    """The engine that --engine names, over one checkpoint. Of vLLM's the policy's alone, whose weights are replaced,
+    can sleep: that allocator is one a process, and a second engine with it fails an assertion. who: "policy", "user",
+    which stays on the GPU, or "other", one of `among` that play or judge while the policy's sleeps."""
     name = engine_name(cfg)
     if name == "vllm" and not importlib.util.find_spec("vllm"):
         raise BadInput("--engine vllm: vllm is not installed (pip install -r requirements-gpu.txt)")
     engine = {"vllm": VLLMEngine, "transformers": TransformersEngine}[name]
-    more = dict(memory=gpu_share(cfg, who)) if name == "vllm" else {}
+    more = dict(share=gpu_share(cfg, who, path, among), sleeps=who == "policy") if name == "vllm" else {}
     return engine(path, cfg.max_new_tokens, cfg.temperature, cfg.max_length, **more)

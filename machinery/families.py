@@ -15,6 +15,7 @@ from machinery.files import BadInput, brief
 from machinery.logps import Row, scored_tokens
 
 NO_MODEL = "no language model is made of its config.json"
+NOT_HERE = "whose ln pi is not computed here"
 # whatever a family's own code makes of a configuration that does not fit, or of a forward that is not its own
 BROKEN = AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError
 
@@ -171,13 +172,9 @@ def own_logps(model, rows, device):
 
 
 @torch.no_grad()
-def check_forward(model, path, own_attention, dtype):
-    """ln pi as it is trained equals the model's own: same weights, but its own attention, its own end, no packing.
-
-    Every rank runs it on the sharded model; it costs five short forwards. Ours runs in training mode, so that dropout
-    of any kind shows."""
+def both_forwards(model, path, own_attention):
+    """ln pi of the random rows as it is trained and by the model's own forward, two of (N,), or BadInput."""
     rows, device = random_rows(model.config), next(model.parameters()).device
-    refused = f"{path} is a {model.config.model_type}, whose ln pi is not computed here"
     try:
         model.train()
         logp_N, _, _ = scored_tokens(model, rows, TEMPERATURE)
@@ -187,10 +184,19 @@ def check_forward(model, path, own_attention, dtype):
     except (torch.OutOfMemoryError, torch.distributed.DistError):  # RuntimeErrors that say nothing of the family
         raise
     except BROKEN as error:
-        raise BadInput(f"{refused}: {brief(error)}") from None
+        raise BadInput(f"{path} is a {model.config.model_type}, {NOT_HERE}: {brief(error)}") from None
     model.set_attn_implementation("pairs")
     model.train()
+    return logp_N, own_N
+
+
+def check_forward(model, path, own_attention, dtype):
+    """ln pi as it is trained equals the model's own: same weights, but its own attention, its own end, no packing.
+
+    Every rank runs it on the sharded model; it costs five short forwards. Ours runs in training mode, so that dropout
+    of any kind shows."""
+    logp_N, own_N = both_forwards(model, path, own_attention)
     difference = (logp_N - own_N).abs().mean().item()
     if not difference <= LIMIT[dtype]:  # so that NaN is refused, too
-        raise BadInput(f"{refused}: it differs by {difference:.2g} nats a token from the model's own forward (at most "
-                       f"{LIMIT[dtype]:g} in {str(dtype).removeprefix('torch.')})")  # fmt: skip
+        raise BadInput(f"{path} is a {model.config.model_type}, {NOT_HERE}: it differs by {difference:.2g} nats a token "
+                       f"from the model's own forward (at most {LIMIT[dtype]:g} in {str(dtype).removeprefix('torch.')})")

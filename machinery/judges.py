@@ -222,8 +222,17 @@ class LLMJudge:
         return known
 
 
-def local_judge(path, cfg, judge_tokens):
-    """A checkpoint as the judge, in an engine of this process, as good as greedy (an engine cannot divide by 0)."""
-    room = longest_prompt(path, max(4 * cfg.max_length + 2048, 2 * judge_tokens))  # two conversations, quoted
-    engine = load_engine(path, replace(cfg, temperature=0.01, max_new_tokens=judge_tokens, max_length=room), "user")
-    return Local(engine, max(cfg.wave, cfg.eval_wave), whole=True)
+class LocalJudge(Local):
+    """A checkpoint as the judge, in an engine of this process, as good as greedy (an engine cannot divide by 0).
+
+    On a GPU it takes the place of the policy's engine, so it is loaded, by all ranks together, when that one sleeps."""
+
+    def __init__(self, path, cfg, judge_tokens):
+        super().__init__(None, max(cfg.wave, cfg.eval_wave), whole=True)
+        room = longest_prompt(path, max(4 * cfg.max_length + 2048, 2 * judge_tokens))  # two conversations, quoted
+        self.path, self.cfg = path, replace(cfg, temperature=0.01, max_new_tokens=judge_tokens, max_length=room)
+
+    def load(self, among=1):
+        """among: the engines that share that place, this one included."""
+        if self.engine is None:
+            self.engine = load_engine(self.path, self.cfg, "other", among)

@@ -1,29 +1,38 @@
 """What a configuration needs, before anything is loaded: memory by part and phase, model loads, tokens, FLOPs, hours.
 
     python refuel.py --setting one --plan                                    8 GPUs of 80 GB
-    python refuel.py --setting one --plan --gpus 4 --gpu-memory 139 --nodes 2
+    python refuel.py --setting one --plan --gpus 4 --gpu h200 --nodes 2
 
 Only the config.json of each model is read; for the paper's models their shapes stand below, so that no hub is needed.
-The engines' shares of a GPU that a run really uses are computed here as well (`engine_share`). P parameters, S shards.
+What the engines of a real run get is computed here as well (`engine_share`), and what does not fit is refused before
+anything is loaded (`check`). tests/rehearse.py holds `trainer` against the real training on tensors without numbers.
+
+P parameters, S shards, T tokens of a forward, N of them scored, c bytes of a number in the forward.
 """
 import os
+from dataclasses import replace
 from typing import NamedTuple
 
 from machinery import worlds
 from machinery.files import BadInput, config_file, read_json
-from machinery.ranks import world
+from machinery.ranks import device, local_world, world
 
-FLAGS = {  # of --plan; rates: an H100's data sheet, and FACTS seen elsewhere (README)
+# What the card shows in GiB, and its data sheet's TFLOP/s in bfloat16 (dense) and GB/s
+GPUS = {"h100": (79.0, 989, 3350), "h200": (139.8, 989, 4800), "a100": (79.0, 312, 2039), "l40s": (44.4, 362, 864),
+        "4090": (23.5, 165, 1008)}  # fmt: skip
+FLAGS = {  # of --plan
     "plan": dict(action="store_true", help="say what the run needs, and load nothing"),
+    "gpu": dict(choices=GPUS, default="h100", help="the GPUs [h100]"),
     "gpus": dict(type=int, default=8, metavar="N", help="GPUs of a node [8]"),
     "nodes": dict(type=int, default=1, metavar="N", help="nodes [1]"),
-    "gpu_memory": dict(type=float, default=79.0, metavar="GiB", help="of a GPU [79: what an 80 GB card shows]"),
+    "gpu_memory": dict(type=float, default=None, metavar="GiB", help="of a GPU, in place of --gpu's"),
+    "tflops": dict(type=float, default=None, metavar="N", help="a GPU's TFLOP/s in bfloat16, dense, in place of --gpu's"),
+    "bandwidth": dict(type=float, default=None, metavar="GB/s", help="of a GPU's memory, in place of --gpu's"),
+    "host_memory": dict(type=float, default=None, metavar="GiB", help="of a node; if it is given, it must suffice"),
     "answer_tokens": dict(type=float, default=350.0, metavar="N", help="of a mean answer [350]"),
     "question_tokens": dict(type=float, default=125.0, metavar="N", help="of a mean question [125]"),
     "justification_tokens": dict(type=float, default=40.0, metavar="N", help="that the user writes before it [40]"),
-    "tflops": dict(type=float, default=989.0, metavar="N", help="a GPU's TFLOP/s in bfloat16, dense [989]"),
     "mfu": dict(type=float, default=0.2, metavar="SHARE", help="of it that is used [0.2; DPO of 8B models: 0.19 to 0.22]"),
-    "bandwidth": dict(type=float, default=3350.0, metavar="GB/s", help="of a GPU's memory [3350]"),
 }
 LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                 num_key_value_heads=8, vocab_size=128256)  # fmt: skip
@@ -35,8 +44,12 @@ KNOWN = {
     "sfairXC/FsfairX-LLaMA3-RM-v0.1": LLAMA_8B | dict(head=False),
 }  # fmt: skip
 GIB = 2**30
-CONTEXTS = 2.0 * GIB  # CUDA contexts, NCCL and graphs of the run and of the server
-MARGIN = 0.05  # of a GPU: the allocator's fragments
+CONTEXTS = 2.0 * GIB  # CUDA contexts and NCCL of the run and of the server; assumed
+GRAPHS = 1.0 * GIB  # an engine's CUDA graphs, which stay while it sleeps; assumed: vLLM's logs say 0.5 to 1 for an 8B
+PROCESS = 3.0 * GIB  # of host memory: Python, CUDA and vLLM; assumed
+MARGIN = 0.05  # of a GPU: not given to the engines' caches, for the allocator's fragments
+SPARE = 0.02  # of a GPU: what no phase may need, since the plan is right to a few per cent
+SEQUENCES, STEP_TOKENS = 256, 8192  # what an engine computes at once, at most: dialogues, tokens
 
 
 class Shape(NamedTuple):
@@ -75,9 +88,8 @@ def shapes(cfg):
 def model_of(name):
     """The shape of a model that a flag names; None for a URL, a world's file or a bare word such as `dataset`."""
     path = name.removeprefix("serve:")
-    if worlds.world_file(path):
-        return None
-    return None if "://" in path or ("/" not in path and not os.path.isdir(path)) else shape(path)
+    no_model = worlds.world_file(path) or "://" in path or ("/" not in path and not os.path.isdir(path))
+    return None if no_model else shape(path)
 
 
 def shape(path):
@@ -86,6 +98,9 @@ def shape(path):
     config = worlds.policy_shape(path) if worlds.world_file(path) else KNOWN.get(path)
     if config is None:
         config = read_json(config_file(path))
+    for name in ("hidden_size", "num_attention_heads", "vocab_size", "intermediate_size", "num_hidden_layers"):
+        if name not in config:
+            raise BadInput(f"{path}: its config.json has no {name}, without which its memory cannot be planned")
     D, heads, V = (config[k] for k in ("hidden_size", "num_attention_heads", "vocab_size"))
     scores = any("Reward" in a or "Classification" in a for a in config.get("architectures") or ())
     head = 0 if config.get("tie_word_embeddings") or scores or not config.get("head", True) else V * D
@@ -131,28 +146,41 @@ def trainer(m, cfg, shards, ranks, pair, c=2):
     mine = -(-cfg.batch_size // ranks) * pair[0]
     T = min(cfg.micro_tokens, mine)
     N = T * pair[1] / pair[0]
-    passed = c * T * (9 * m.D + 2 * m.groups * m.head_dim + 4 * m.I)  # what one layer keeps for its backward
+    weights, gradients, moments = 4 * P / shards, 4 * learned / shards, 8 * learned / shards
+    between = 0
+    if cfg.policy_every:  # setting two's moments outlive an update, and so does pi_0 where Eq. 11 asks for it
+        between = moments + (gradients if cfg.gamma else 0)
+    # what one layer keeps for its backward; a norm casts its input to float32
+    passed = c * T * (9 * m.D + 2 * m.groups * m.head_dim + 4 * m.I) + (8 * T * m.D if c == 2 else 0)
     held = {"none": passed, "full": c * T * m.D,  # of a layer, until its backward
             "selective": c * T * (5 * m.D + 2 * m.groups * m.head_dim + 2 * m.I)}[cfg.activation_checkpointing]  # fmt: skip
     kept = (cfg.train_layers or m.layers) * held + (c + 4) * N * m.D
-    work = passed * 0.6  # a forward that keeps nothing
-    gradients, moments = 4 * learned / shards, 8 * learned / shards
+    block = (4 + c) * 1024 * 32768 if c == 2 else 0  # of logits and of their gradient: SelectedLogps.BLOCK
+    copies = 1 if shards == 1 else 2  # what is gathered lies in a buffer first, the root's until the first layer is there
     gathered = c * R + 2 * c * m.layer
-    copied = c * R * (1 if shards == 1 else 2)  # what is gathered lies in a buffer first
+
+    def forward(tokens):
+        """Without a backward: the first layer is gathered beside the root's buffer, or a layer does its work."""
+        begins = copies * c * (R + m.layer) + c * tokens * m.D
+        return max(begins, gathered + c * tokens * (6 * m.D + 3 * m.I) + block)
+
     # backward begins with the head, goes through the layers, and ends with the root's gradients, whole and unreduced;
     # gradients of an earlier micro-batch are there from the beginning
-    head_step = c * R + kept + (4 + c % 4) * head
+    head_step = c * R + c * m.layer + kept + (4 + c % 4) * head + block
     layer_step = gathered + c * head + kept + passed - held + (c + 4) * m.layer
-    root_step = 0 if cfg.train_layers else c * R + (c % 4 * R if shards == 1 else (c + 4) * R)
+    root_step = 0 if cfg.train_layers else (2 * c * R if shards == 1 else (c + 4) * R)
     earlier = gradients if mine > T else 0
-    between = moments + gradients if cfg.policy_every else 0  # setting two's moments and pi_0 outlive an update
+    whole = 11 * m.V * m.D  # one weight of full_weights in float32, and what tells whether it is finite
     return {
-        "collect": 4 * P / shards + between,
-        "log-probs": 4 * P / shards + between + max(copied, gathered + work + c * N * m.D),
-        "train": 4 * P / shards + moments + max(earlier + max(head_step, layer_step), gradients + root_step),
-        "save": 4 * P / shards + moments + 4 * m.V * m.D,
-        "evaluate: KL": 4 * P / shards + max(copied, gathered + 2 * work),
-    }
+        "collect": weights + between,
+        "check": weights + forward(300),
+        "log-probs": weights + between + (gradients if cfg.gamma else 0) + forward(T),
+        "train": weights + moments + between - (moments if cfg.policy_every else 0)
+        + max(earlier + max(head_step, layer_step), gradients + root_step),
+        "save": weights + max(moments, between) + whole,
+        "wake": weights + between + whole,
+        "evaluate: KL": weights + forward(16384),
+    }  # fmt: skip
 
 
 def reading(m, tokens=16384):
@@ -160,22 +188,46 @@ def reading(m, tokens=16384):
     return 2 * (m.P - m.head) + 2 * tokens * (6 * m.D + 3 * m.I) if m else 0
 
 
-def engine_bytes(cfg, gpus, nodes, total):
-    """Bytes of a GPU that the policy's and the user's engines may take, weights and cache: {"policy": .., "user": ..}.
+class Part(NamedTuple):
+    """An engine's part of a GPU, in bytes."""
 
-    What is left of a GPU while pairs are collected, after all weights, is halved: the policy says four times as much
-    as the user, whose cache of a token is 2.5 times as large and shared out over the node. In training the policy's
-    engine sleeps, so that phase is not the narrow one."""
+    weights: float
+    graphs: float
+    work: float  # of its largest step, the logits of all dialogues among it
+    cache: float  # keys and values: exactly what vLLM is told
+
+    @property
+    def awake(self):
+        return sum(self)
+
+
+def engine_part(m, split=1):
+    """An engine over `split` GPUs, without its cache."""
+    step = 2 * STEP_TOKENS * (4 * m.D + ((m.heads + 2 * m.groups) * m.head_dim + 3 * m.I) / split)
+    return Part(2 * m.P / split, GRAPHS, step + 5 * 4 * SEQUENCES * m.V, 0)  # 5: logits, and what becomes of them, float32
+
+
+def engine_parts(cfg, gpus, ranks, total):
+    """{"policy": Part, "user": Part}, the second where the user's model is on these GPUs; gpus: of a node.
+
+    What is left of a GPU while pairs are collected is halved between the caches: the policy says four times as much as
+    the user, whose cache of a token is 2.5 times as large and shared out over the node. None is smaller than the
+    longest prompt and answer: then the plan shows what is missing."""
     policy, user, reward = shapes(cfg)
-    served = cfg.user.startswith("serve:")
-    weights = {"policy": 2 * policy.P, "user": 2 * user.P / (tensor_parallel(user, gpus) if served else 1) if user else 0}
-    others = trainer(policy, cfg, gpus * nodes // cfg.replicas, gpus * nodes, (1, 1))["collect"] + reading(reward) + CONTEXTS
-    room = total * (1 - MARGIN) - others - sum(weights.values())
-    least = cfg.max_length * policy.cache
-    if room / (1 + bool(user)) < least:
-        raise BadInput(f"GPUs of {total / GIB:.0f} GiB leave {room / GIB:.1f} GiB for the engines' caches, less than one "
-                       "dialogue of --max-length: see --plan; more GPUs a node, a smaller user or an URL as --user")
-    return {name: size + room / (1 + bool(user)) if size else 0 for name, size in weights.items()}
+    split = split_of(cfg, user, gpus)
+    parts = {"policy": engine_part(policy)} | ({"user": engine_part(user, split)} if user else {})
+    others = trainer(policy, cfg, ranks // cfg.replicas, ranks, (1, 1))["collect"] + reading(reward) + CONTEXTS
+    room = (total * (1 - MARGIN) - others - sum(part.awake for part in parts.values())) / len(parts)
+    for name, m in (("policy", policy), ("user", user)):
+        if m:
+            longest, over = (cfg.max_length, 1) if name == "policy" else (2 * cfg.max_length + cfg.user_tokens, split)
+            parts[name] = parts[name]._replace(cache=max(room, longest * cache_of(m, over)))
+    return parts
+
+
+def split_of(cfg, user, gpus):
+    """Over how many GPUs the user's model is: the served one over the node, an engine of each rank over one."""
+    return tensor_parallel(user, gpus) if user and cfg.user.startswith("serve:") else 1
 
 
 def tensor_parallel(m, gpus):
@@ -183,12 +235,35 @@ def tensor_parallel(m, gpus):
     return max(n for n in range(1, gpus + 1) if m.heads % n == 0 and (m.groups % n == 0 or n % m.groups == 0))
 
 
-def engine_share(cfg, name):
-    """vLLM's gpu_memory_utilization of this run's engine, "policy" or "user"."""
-    import torch
+def cache_of(m, split=1):
+    """Bytes of a token's keys and values on one of `split` GPUs."""
+    return m.cache / min(split, m.groups)
 
-    gpus, total = torch.cuda.device_count(), torch.cuda.get_device_properties(0).total_memory
-    return engine_bytes(cfg, gpus, -(-world() // gpus), total)[name] / total
+
+class Share(NamedTuple):
+    """What vLLM is told: kv_cache_memory_bytes, by which it goes, and gpu_memory_utilization, the share of the GPU that
+    must be free when it starts and that the engine then has, weights, graphs and largest step included."""
+
+    cache: int
+    utilization: float
+
+
+def engine_share(cfg, name, path="", among=1):
+    """This run's engine's Share: "policy", "user", or "other" for a checkpoint that plays or judges at `path` while the
+    policy's engine sleeps, one of `among` such in its place (vLLM cannot take an engine back)."""
+    x = machine()
+    total = x["gpu_memory"] * GIB
+    parts = engine_parts(cfg, x["gpus"], x["ranks"], total)
+    if name != "other":
+        return Share(int(parts[name].cache), parts[name].awake / total)
+    m = shape(path)
+    part, room = engine_part(m), (parts["policy"].awake - GRAPHS) / among
+    cache = room - part.awake
+    if cache < cfg.max_length * m.cache:
+        short = (cfg.max_length * m.cache - cache) / GIB
+        raise BadInput(f"{path} does not fit into what the policy's engine leaves of a GPU when it sleeps: {short:.1f} GiB are "
+                       "missing; serve it elsewhere (a URL), or compare fewer models of other kinds at once")  # fmt: skip
+    return Share(int(cache), room / total)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -196,38 +271,53 @@ def engine_share(cfg, name):
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def machine(x=None):
+    """The flags of --plan with what --gpu stands for; without flags those of the machine that this process runs on."""
+    if x is not None:
+        names = ("gpu_memory", "tflops", "bandwidth")
+        given = {name: x[name] for name in names if x[name] is not None}
+        return x | {"ranks": x["gpus"] * x["nodes"]} | dict(zip(names, GPUS[x["gpu"]])) | given
+    import torch
+
+    total = torch.cuda.get_device_properties(device()).total_memory / GIB
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    return {name: options.get("default") for name, options in FLAGS.items()} | {
+        "gpus": torch.cuda.device_count(), "nodes": world() // local_world(), "ranks": world(), "gpu_memory": total,
+        "host_memory": host}  # fmt: skip
+
+
 def memory(cfg, x):
     """{phase: {part: bytes}} on one GPU, and the dialogues that the caches hold."""
+    x = machine(x) if "ranks" not in x else x
     policy, user, reward = shapes(cfg)
-    total, ranks = x["gpu_memory"] * GIB, x["gpus"] * x["nodes"]
     t = tokens(cfg, x["answer_tokens"], x["question_tokens"], x["justification_tokens"])
-    H, _ = law(cfg.max_turns)
     pair = t["trainer: forward and backward"], 2 * x["answer_tokens"]
-    share = engine_bytes(cfg, x["gpus"], x["nodes"], total)
+    parts = engine_parts(cfg, x["gpus"], x["ranks"], x["gpu_memory"] * GIB)
+    own = parts["policy"]
+    # the policy's engine sleeps while the trainer works; a check at load, and the new weights' way in, find it awake
+    engine = {"collect": own.awake, "check": own.awake - own.work, "wake": own.weights + own.graphs}
     phases = {}
-    for phase, trained in trainer(policy, cfg, ranks // cfg.replicas, ranks, pair).items():
-        rolls = phase == "collect"  # else the policy's engine sleeps and the reward model is idle
-        phases[phase] = {"user": share["user"], "policy's engine": share["policy"] if rolls else 0,
-                         "reward model": reading(reward, 16384 if rolls else 0), "trainer": trained,
+    for phase, trained in trainer(policy, cfg, x["ranks"] // cfg.replicas, x["ranks"], pair).items():
+        phases[phase] = {"user": parts["user"].awake if user else 0, "policy's engine": engine.get(phase, own.graphs),
+                         "reward model": reading(reward, 16384 if phase == "collect" else 0), "trainer": trained,
                          "contexts": CONTEXTS}  # fmt: skip
-    dialogue = H * (x["answer_tokens"] + x["question_tokens"])
-    held = {"policy": (share["policy"] - 2 * policy.P) / policy.cache / dialogue}
+    dialogue = law(cfg.max_turns)[0] * (x["answer_tokens"] + x["question_tokens"])
+    held = {"policy": own.cache / policy.cache / dialogue}
     if user:
-        tp = tensor_parallel(user, x["gpus"]) if cfg.user.startswith("serve:") else 1
-        held["user"] = (share["user"] - 2 * user.P / tp) / (user.cache / min(tp, user.groups)) / dialogue
+        held["user"] = parts["user"].cache / cache_of(user, split_of(cfg, user, x["gpus"])) / dialogue
     return phases, held
 
 
 def hours(cfg, x, held):
     """{work: (tokens of one iteration, FLOPs, hours)}: reading by arithmetic, sampling by the bandwidth of memory."""
     policy, user, reward = shapes(cfg)
-    ranks, H = x["gpus"] * x["nodes"], law(cfg.max_turns)[0]
+    ranks, H = x["ranks"], law(cfg.max_turns)[0]
     dialogue = H * (x["answer_tokens"] + x["question_tokens"])
     rows = {}
     for name, n in tokens(cfg, x["answer_tokens"], x["question_tokens"], x["justification_tokens"]).items():
         who, what = name.split(": ")
         m = {"policy": policy, "user": user, "reward": reward, "trainer": policy}[who]
-        if not (m and n):
+        if not (m and n) or (cfg.pairs and who != "trainer"):  # finished pairs are not collected
             continue
         n *= cfg.num_prompts
         if who == "trainer":
@@ -253,8 +343,73 @@ def host_memory(cfg, x):
     return cfg.num_prompts * pair, 4 * shape(cfg.policy).P
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# What does not fit
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def too_much(cfg, x, only=None):
+    """(phase, GiB that are missing) of the phase that needs most beyond what is there; None if all fit.
+
+    only: the phases that are looked at; all of them and the host's memory if it is None."""
+    missing = {}
+    for phase, row in memory(cfg, x)[0].items():
+        if only is None or phase in only:
+            missing[phase] = sum(row.values()) / GIB - x["gpu_memory"] * (1 - SPARE)
+    if x["host_memory"] and only is None:
+        pairs, saved = host_memory(cfg, x)
+        missing["the host's memory"] = (x["ranks"] // x["nodes"] * (pairs + PROCESS) + saved) / GIB - x["host_memory"]
+    worst = max(missing, key=missing.get)
+    return (worst, missing[worst]) if missing[worst] > 0 else None
+
+
+def remedies(cfg, x):
+    """[(words, configuration, machine)]: what needs less memory, the cheapest first."""
+    found, longest = [], cfg.max_dialogue + cfg.max_new_tokens
+    if cfg.micro_tokens > longest:
+        found.append((f"--micro-tokens {longest}", dict(micro_tokens=longest), {}))
+    for kind in ("selective", "full")[("none", "selective", "full").index(cfg.activation_checkpointing) :]:
+        found.append((f"--activation-checkpointing {kind}", dict(activation_checkpointing=kind), {}))
+    if model_of(cfg.user):
+        found.append(("--user URL --user-model NAME", dict(user="https://"), {}))
+    if x["ranks"] < x["gpus"] * x["nodes"]:
+        found.append((f"torchrun --nproc_per_node {x['gpus']}", {}, {"ranks": x["gpus"] * x["nodes"]}))
+    elif x["gpus"] < 8:
+        found.append(("8 GPUs a node (--gpus 8)", {}, {"gpus": 8, "ranks": 8 * x["nodes"]}))
+    return found
+
+
+def check(cfg, x=None, only=None):
+    """Refuse, before anything is loaded, what does not fit, and name what would make it fit. x: the machine; this
+    process's own, if it has GPUs, where it is None."""
+    import torch
+
+    if x is None and not torch.cuda.is_available():
+        return
+    x = x or machine()
+    worst = too_much(cfg, x, only)
+    if worst is None:
+        return
+    alone, together, both, there = [], {}, cfg, x
+    for words, change, more in remedies(cfg, x):
+        if not too_much(replace(cfg, **change), x | more, only):
+            alone.append(words)
+        if too_much(both, there, only):
+            both, there = replace(both, **change), there | more
+            together[words.split()[0]] = words  # full checkpointing takes the place of selective
+    if alone:
+        advice = "it fits with " + " or ".join(alone)
+    elif not too_much(both, there, only):
+        advice = "it fits with " + " and ".join(together.values())
+    else:
+        advice = "it needs more GPUs, larger ones, or smaller models"
+    raise BadInput(f"{worst[0]}: {worst[1]:.1f} GiB are missing on {x['nodes']} x {x['gpus']} GPUs of {x['gpu_memory']:.1f} GiB "
+                   f"with {x['ranks']} process{'es' * (x['ranks'] > 1)} (refuel.py --plan has the table); {advice}")  # fmt: skip
+
+
 def show(cfg, x):
-    """The plan as Markdown."""
+    """The plan as Markdown; what does not fit is refused below the table."""
+    x = machine(x)
     phases, held = memory(cfg, x)
     policy, user, reward = shapes(cfg)
     H, h = law(cfg.max_turns)
@@ -272,9 +427,12 @@ def show(cfg, x):
               f"E[H] = {H:.3g}, E[h] = {h:.3g}; assumed tokens: answer {x['answer_tokens']:g}, question "
               f"{x['question_tokens']:g}, justification {x['justification_tokens']:g}; no prompt is dropped", ""]  # fmt: skip
     pairs, saved = host_memory(cfg, x)
-    lines += [f"host memory: {pairs / GIB:.2f} GiB a process for an iteration's pairs, {saved / GIB:.1f} GiB on rank 0 while a "
-              "policy is saved", ""]  # fmt: skip
-    lines += ["| an iteration | tokens | FLOPs | hours |", "|---|---|---|---|"]
+    lines += [f"host memory of a node: {(x['gpus'] * (pairs + PROCESS) + saved) / GIB:.0f} GiB: {pairs / GIB:.2f} a process for an "
+              f"iteration's pairs, {PROCESS / GIB:g} a process for what runs it, {saved / GIB:.1f} on rank 0 while a policy is "
+              "saved", ""]  # fmt: skip
+    print("\n".join(lines), flush=True)
+    check(cfg, x)
+    lines = ["| an iteration | tokens | FLOPs | hours |", "|---|---|---|---|"]
     rows = hours(cfg, x, held)
     for name, row in (rows | {"sum": [sum(column) for column in zip(*rows.values())]}).items():
         lines.append(f"| {name} | {row[0]:.3g} | {row[1]:.3g} | {row[2]:.2f} |")

@@ -35,6 +35,10 @@ def local_rank():
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def local_world():
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def node():
     return int(os.environ.get("GROUP_RANK", 0))  # torchrun's number of the node
 
@@ -55,9 +59,9 @@ def check_environment():
     if absent and len(absent) < len(names):
         there = ", ".join(name for name in names if name in os.environ)
         raise BadInput(f"the environment has {there}, but not {', '.join(absent)}: start with torchrun, or unset them")
-    gpus = torch.cuda.device_count()
-    if gpus and local_rank() >= gpus:
-        raise BadInput(f"--nproc_per_node: process {local_rank()} of this node has no GPU, there are {gpus}")
+    gpus, here = torch.cuda.device_count(), max(local_world(), local_rank() + 1)
+    if gpus and here > gpus:  # on all processes alike: the others would wait for those that have none
+        raise BadInput(f"--nproc_per_node {here}: this node has {gpus} GPUs, and each process needs its own")
 
 
 def start_processes():
@@ -148,12 +152,16 @@ def in_waves(path, items, size, work, desc):
 def first_to_fail():
     """Of several ranks the first that fails speaks: the others fail alike, or because it is gone."""
     if world() == 1 or not dist.is_initialized():
-        return rank() == 0
+        return local_rank() == 0
     with contextlib.suppress(RuntimeError):  # the store dies with torchrun
         if dist.distributed_c10d._get_default_store().add("failed", 1) == 1:
             return True
         time.sleep(2)  # torchrun ends all ranks at the first exit: whoever speaks has its line out by then
     return False
+
+
+OUT_OF_MEMORY = ("out of memory, though the plan says that it fits: is another process on the GPU? Then the same command "
+                 "resumes from here; else --plan names flags that need less, and --out must be another one")  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -170,7 +178,11 @@ def one_line(script):
             hint = "" if isinstance(error, BadInput) else " (what was finished is kept: the same command resumes)"
             print(f"{script}: {' '.join(str(error).split())}{hint}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
-    except RuntimeError:
-        if first_to_fail():
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):  # or, by vLLM's allocator, in words
+            error = f"{script}: {OUT_OF_MEMORY}: {' '.join(str(error).split())[:200]}"
+            if first_to_fail():
+                print(error, file=sys.stderr, flush=True)
+        elif first_to_fail():
             raise
         raise SystemExit(2) from None

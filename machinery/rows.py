@@ -23,7 +23,8 @@ TEST, VALIDATION, TRAIN = range(3)
 PARTS = ["test", "validation", "training"]
 PART_WORDS = {"train": TRAIN, "training": TRAIN, "test": TEST, "testing": TEST, "eval": TEST, "evaluation": TEST,
               "validation": VALIDATION, "valid": VALIDATION, "val": VALIDATION, "dev": VALIDATION}  # fmt: skip
-COLUMNS = ("trajectory", "prompt", "messages", "conversations", "chosen", "rejected")
+PAIR_COLUMNS = "reject", "chosen_token", "reject_token", "chosen_mask", "reject_mask", "chosen_reward", "reject_reward"
+COLUMNS = ("trajectory", "prompt", "messages", "conversations", "chosen", "rejected", *PAIR_COLUMNS)  # what is read of a file
 OPENINGS = {"prompt", "messages", "conversations"}  # columns that say how a conversation begins without two answers to it
 KINDS = [(".parquet",), (".json", ".jsonl", ".ndjson"), (".csv", ".tsv"), (".arrow",)]  # a folder's first is read
 PACKED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".xz": "xz"}

@@ -23,7 +23,9 @@ from machinery.files import BadInput, iteration_folder, kept_policies, policy_fo
 from machinery.held_out import HeldOut
 from machinery.logps import old_logps
 from machinery.meter import describe
+from machinery.pairs import read_pairs
 from machinery.ranks import barrier, dtype, in_waves, on_rank_0, rank, world
+from machinery.template import load_tokenizer
 from machinery.users import check_failures
 
 
@@ -161,9 +163,15 @@ class Run:
         """The iteration's pairs, in waves: every rank plays its waves and keeps each on disk. A wave has its own random
         numbers, so the pairs do not depend on the number of ranks or on where a run was stopped.
 
-        play(prompts of a wave, rng, dropped) -> pairs; read: a pair from its line of pairs.jsonl; speakers: {name: who
-        speaks}, whose `tokens`, if it has any, are logged."""
+        With --pairs they are read instead. play(prompts of a wave, rng, dropped) -> pairs; read: a pair from its line of
+        pairs.jsonl; speakers: {name: who speaks}, whose `tokens`, if it has any, are logged."""
         cfg, start = self.cfg, time.monotonic()
+        if cfg.pairs:
+            os.makedirs(self.folder, exist_ok=True)
+            pairs = [read(row) for row in read_pairs(cfg, load_tokenizer(cfg.policy), cfg.num_prompts)]
+            if rank() == 0:
+                self.report_pairs(pairs, len(pairs), Counter(), [0, 0], {}, round(time.monotonic() - start, 1))
+            return pairs
 
         malformed = getattr(speakers.get("reward"), "malformed", None)
 
@@ -201,12 +209,14 @@ class Run:
             print(f"iteration {self.t}: in no pair do the two rewards differ; Eq. 1 then keeps the policy as it is", flush=True)
         if os.path.exists(os.path.join(self.folder, "logps.jsonl")):
             return
-        cut = [truncated[p.h - 1] for p in pairs for truncated in p.truncated]
+        cut = [truncated[p.h - 1] for p in pairs for truncated in p.truncated if truncated]  # published pairs do not say
         reward_N = np.mean([p.rewards for p in pairs], axis=1)  # the two of a pair share a prefix: not independent
         row = {"iteration": self.t, "phase": "collect", "pairs": len(pairs), "dropped": dropped,
                "reward": float(reward_N.mean()), "reward_error": float(reward_N.std() / len(pairs) ** 0.5),
-               "truncated": float(np.mean(cut)), "P(H)": shares([p.H for p in pairs]), "P(h)": shares([p.h for p in pairs]),
+               "P(H)": shares([p.H for p in pairs]), "P(h)": shares([p.h for p in pairs]),
                "tokens": tokens, "seconds": seconds}  # fmt: skip
+        if cut:
+            row["truncated"] = float(np.mean(cut))
         if broken[1]:
             row["malformed"] = round(broken[0] / broken[1], 5)
         print(f"{len(pairs)} pairs of {prompts} prompts; P(H) {row['P(H)']}, P(h) {row['P(h)']}; dropped: {dict(dropped)}",

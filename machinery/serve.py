@@ -32,16 +32,16 @@ def check_vllm(flag):
         raise BadInput(f"{flag}: vllm is not installed (pip install -r requirements-gpu.txt)")
 
 
-@functools.lru_cache
-def start(path, log, room, memory):
+@functools.lru_cache(maxsize=1)
+def start(path, log, room, share):
     """The server's URL, on every rank of the node; one server however often it is asked for.
 
-    path: a checkpoint folder; log: where the server writes; room: tokens of prompt and reply; memory: the server's share
-    of each GPU. A server that does not start is BadInput with the end of its log, on all ranks of all nodes."""
+    path: a checkpoint folder; log: where the server writes; room: tokens of prompt and reply; share: what the server gets
+    of each GPU (plan.Share). A server that does not start is BadInput with the end of its log, on all ranks of all nodes."""
     port, why = None, None
     if local_rank() == 0:
         try:
-            port = launch(path, log, room, memory)
+            port = launch(path, log, room, share)
         except BadInput as error:
             why = str(error)
     places = told((node(), port, why))
@@ -59,8 +59,8 @@ class Served(Server):
 
     trust_env = False  # no proxy knows this machine's loopback interface
 
-    def __init__(self, path, log, room, memory, flag="--user", **options):
-        super().__init__(start(path, log, room, memory), "user", timeout=1800, tries=3, flag=flag, **options)
+    def __init__(self, path, log, room, share, flag="--user", **options):
+        super().__init__(start(path, log, room, share), "user", timeout=1800, tries=3, flag=flag, **options)
         self.path, self.log, self.key = path, log, ""
 
     def __call__(self, prompts, seeds=None, allowed=None):
@@ -71,13 +71,13 @@ class Served(Server):
             yield i, reply, why
 
 
-def launch(path, log, room, memory):
+def launch(path, log, room, share):
     """Start the server behind its watchdog and return its port when it is healthy."""
     port = free_port()
     os.makedirs(os.path.dirname(log), exist_ok=True)
     with open(log, "wb") as out:
         guard = subprocess.Popen(
-            [sys.executable, os.path.abspath(watchdog.__file__), str(os.getpid()), *command(path, port, room, memory)],
+            [sys.executable, os.path.abspath(watchdog.__file__), str(os.getpid()), *command(path, port, room, share)],
             stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment(), start_new_session=True)  # fmt: skip
     atexit.register(stop, guard)
     print(f"serving {path} to the node (log: {log})", flush=True)
@@ -94,7 +94,7 @@ def launch(path, log, room, memory):
     return port
 
 
-def command(path, port, room, memory):
+def command(path, port, room, share):
     """What `vllm serve` runs. By module, since vLLM's CPU build lacks the metadata that the script itself looks up."""
     import torch
 
@@ -102,7 +102,9 @@ def command(path, port, room, memory):
                 --generation-config vllm --seed 0 --disable-uvicorn-access-log"""  # vllm: no top-p of the checkpoint's
     if torch.cuda.is_available():
         split = plan.tensor_parallel(plan.shape(path), torch.cuda.device_count())
-        words += f" --tensor-parallel-size {split} --gpu-memory-utilization {memory:.3f}"
+        words += f""" --tensor-parallel-size {split} --kv-cache-memory-bytes {share.cache}
+                     --gpu-memory-utilization {share.utilization:.3f} --max-num-seqs {plan.SEQUENCES}
+                     --max-num-batched-tokens {plan.STEP_TOKENS}"""
     else:  # seeded requests crash the CPU build when a prefill is cut into chunks
         words += f""" --enforce-eager --block-size 32 --kv-cache-memory-bytes {1 << 30} --no-enable-chunked-prefill
                      --max-num-batched-tokens {max(room, 8192)}"""

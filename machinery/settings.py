@@ -38,6 +38,7 @@ class Config:
     reward_tokens: int  # a conversation that is longer for the reward model is dropped and counted, never cut
     dataset: str  # the first prompts: FILE.py, toy, ultrainteract, hh, a file of rows, a folder or a hub id
     system: str  # a system prompt before every conversation whose data has none of its own; "": none
+    pairs: str  # finished pairs to train on instead of collecting: a file, a folder or a hub id; empty: collect
     engine: str  # vllm, transformers, or auto: vllm where it is installed
     out: str  # the run's folder
     seed: int
@@ -87,7 +88,8 @@ class Config:
 SETTINGS = {
     # eta is REFUEL's best of the grid in docs/baselines.md; lr 5e-4 diverges. The world is described in toy.py.
     "toy": dict(
-        policy="toy", reference="toy", user="toy", reward="toy", dataset="toy", engine="auto", out="runs/toy", seed=0,
+        policy="toy", reference="toy", user="toy", reward="toy", dataset="toy", pairs="", engine="auto",
+        out="runs/toy", seed=0,
         user_model="", user_temperature=0.8, user_tokens=64, max_failures=0.05,
         reward_tokens=512, max_dialogue=512, max_length=512,  # room for 20 turns; the base policy has 512 positions
         iterations=2, num_prompts=2048, policy_every=0, max_turns=5, reset_law="paper", hybrid=0.5, max_new_tokens=16,
@@ -104,7 +106,7 @@ SETTINGS = {
         user_temperature=0.8, user_tokens=1024,  # the released code; the paper is silent
         max_failures=0.05,  # ours: the released code takes any reply
         reward="RLHFlow/ArmoRM-Llama3-8B-v0.1", reward_tokens=4096,  # section 4.2; the length is the released code's
-        dataset="ultrainteract", system="", engine="auto", out="runs/one", seed=0,
+        dataset="ultrainteract", system="", pairs="", engine="auto", out="runs/one", seed=0,
         iterations=2, policy_every=0,  # section 4.2
         num_prompts=64_000,  # the released README's episodes, before what is dropped
         max_turns=5, reset_law="paper",  # section 4.2: H ~ U(5), h ~ U(H)
@@ -125,7 +127,7 @@ SETTINGS = {
         activation_checkpointing="selective", replicas=1,
         checkpoint_steps=50, snapshot_steps=0,
         # ours: as many full-length dialogues as fit in the KV cache beside the user's part of an 80-GB GPU, see --plan
-        wave=64, eval_wave=64,
+        wave=48, eval_wave=64,  # and 500 dialogues over 8 ranks in one round
         eval_dialogues=500, eval_split="test",  # section 4.2
         eval_temperature=0.0,  # ours: that of training; the paper is silent
     ),
@@ -135,7 +137,7 @@ SETTINGS = {
         user="dataset",  # section 4.3: the data's own questions, as many as there are
         user_model="", user_temperature=1.0, user_tokens=1024, max_failures=0.05,  # no model speaks for the user
         reward="sfairXC/FsfairX-LLaMA3-RM-v0.1", reward_tokens=4096,  # section 4.3; no dialogue reaches that length
-        dataset="ultrainteract", system="", engine="auto", out="runs/two", seed=0,
+        dataset="ultrainteract", system="", pairs="", engine="auto", out="runs/two", seed=0,
         num_prompts=32, batch_size=32,  # C.1: |D| = 32
         iterations=0,  # C.1: one pass over the data
         epochs=4,  # the released code: four steps on each |D|; the paper's one epoch is the pass over the data
@@ -158,7 +160,7 @@ SETTINGS = {
     # Ours: a person's own task on a small model (--world FILE.py). What cannot be guessed is empty and asked for; the
     # rest is where to begin: eta for rewards in [0, 1], lr for a model of 0.1 to 1 billion parameters.
     "world": dict(
-        policy="", reference="", user="", reward="", dataset="", system="", engine="auto", out="runs/world", seed=0,
+        policy="", reference="", user="", reward="", dataset="", system="", pairs="", engine="auto", out="runs/world", seed=0,
         user_model="", user_temperature=0.8, user_tokens=256, max_failures=0.05,
         reward_tokens=2048, max_dialogue=2048, max_length=2048,
         iterations=2, num_prompts=512, policy_every=0, max_turns=5, reset_law="paper", hybrid=0.5, max_new_tokens=256,
@@ -267,6 +269,8 @@ def read_config(argv, description=None, **more):
         values |= world_values(file)
     if "policy" in given:
         values["reference"] = given["policy"]  # win rates and KL are against where the training begins
+    if given.get("pairs"):
+        values["iterations"] = 1  # a second one would train pi_2 on what pi_1 has said
     if is_hh(given.get("dataset", "")):
         values |= HH.get(setting, {})
     values |= given
@@ -351,6 +355,8 @@ def check(cfg):
     one_pass = cfg.iterations == 0 and cfg.one_training
     demand(cfg.iterations > 0 or one_pass, "iterations", "positive (in setting two, 0 is one pass)")
     demand(math.isfinite(cfg.penalty), "penalty", "a number")
+    alone = cfg.iterations == 1 and not cfg.one_training
+    demand(not cfg.pairs or alone, "pairs", "left out in setting two, and with more than one iteration")
     divides = cfg.replicas > 0 and world() % cfg.replicas == 0
     demand(divides, "replicas", f"a divisor of {world()}, the number of processes")
     demand(0 <= cfg.max_failures <= 1, "max_failures", "a share of the dialogues, in [0, 1]")

@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import machinery  # noqa: E402, F401  (first: it sets what torch and vLLM read when they are imported)
 
 import re  # noqa: E402
+from unittest import mock  # noqa: E402
 
 import torch  # noqa: E402
 
@@ -88,6 +89,16 @@ def make_asker(path):
             model.lm_head.weight[vocab[successor], vocab[word]] = 8.0  # of a state of norm 32 ** 0.5
     model.save_pretrained(path)
     return str(path)
+
+
+def in_bfloat16(shard):
+    """fsdp.shard as it is on a GPU: bfloat16 compute, float32 weights and sums."""
+
+    def sharded(*args):
+        with mock.patch.object(torch.cuda, "is_available", lambda: True):
+            shard(*args)
+
+    return sharded
 
 
 def random_pairs(n, vocab=40, seed=0, longest=30):

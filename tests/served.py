@@ -85,7 +85,7 @@ def one_rank(out):
     from machinery.files import write_file
     from machinery.ranks import rank, world
 
-    serve.command = lambda path, port, room, memory: [sys.executable, os.path.abspath(__file__), "fake", str(port)]
+    serve.command = lambda path, port, room, share: [sys.executable, os.path.abspath(__file__), "fake", str(port)]
     if world() > 1:
         from machinery import ranks
 

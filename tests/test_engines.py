@@ -1,8 +1,12 @@
 """Both engines behind one interface: what they sample, what they forget and what they count."""
+import importlib.machinery
 import importlib.util
 import math
 import os
+import sys
+import types
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +15,9 @@ import torch
 import bench
 from machinery import engines
 from machinery import files
+from machinery import plan
 import toy
+from machinery.files import BadInput
 from refuel import sample_resets
 from simulator import Dialogue, futures, rollout
 
@@ -201,3 +207,64 @@ def test_a_checkpoints_own_sampling_habits_do_not_leak_into_the_behaviour_policy
     other.stop = plain.stop
     dialogues = starts(plain.tokenizer, 6)
     assert plain.answer(dialogues) == other.answer(dialogues)
+
+
+@pytest.fixture
+def cuda_vllm(monkeypatch):
+    """vLLM as it is on a GPU, but for what it does: it notes how it was started and what it was asked."""
+    noted = []
+
+    class LLM:
+        def __init__(self, path, **options):
+            if options["gpu_memory_utilization"] > 0.9:
+                raise ValueError("Free memory on device cuda:0 (9.0/79.0 GiB) on startup is less than desired")
+            noted.append(options)
+
+        def sleep(self, level):
+            noted.append(level)
+
+        def wake_up(self, tags):
+            noted.append(tags)
+
+        def collective_rpc(self, name, kwargs):
+            noted.append([n for n, _ in kwargs["weights_iterator"]])
+
+        def reset_prefix_cache(self):
+            noted.append("reset")
+
+    module = types.ModuleType("vllm")
+    module.LLM, module.__spec__ = LLM, importlib.machinery.ModuleSpec("vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return noted
+
+
+def test_of_several_engines_in_a_process_the_one_that_is_updated_sleeps(base, cfg, cuda_vllm, monkeypatch):
+    """vLLM's sleeping allocator is one a process: a second engine with it fails an assertion, after the models are loaded."""
+    monkeypatch.setattr(engines, "gpu_share", lambda cfg, who, path, among: plan.Share(1000 + among, 0.5))
+    cfg = replace(cfg, engine="vllm")
+    for who, among, sleeps in (("policy", 1, True), ("user", 1, False), ("other", 2, False)):
+        engine = engines.load_engine(base, cfg, who, among)
+        options = cuda_vllm.pop()
+        assert options["enable_sleep_mode"] == sleeps and options["gpu_memory_utilization"] == 0.5
+        assert options["kv_cache_memory_bytes"] == 1000 + among and options["max_num_seqs"] == plan.SEQUENCES
+        engine.sleep()
+        engine.sleep()
+        assert cuda_vllm == [2] * sleeps
+        cuda_vllm.clear()
+
+
+@pytest.mark.parametrize("sleeping", [False, True])
+def test_new_weights_find_the_old_ones_and_their_cache_gone(base, cfg, cuda_vllm, monkeypatch, sleeping):
+    monkeypatch.setattr(engines, "gpu_share", lambda *_: plan.Share(1000, 0.5))
+    engine = engines.load_engine(base, replace(cfg, engine="vllm"))
+    for _ in range(sleeping):
+        engine.sleep()
+    engine.update([("a", 1), ("b", 2)])
+    assert cuda_vllm[1:] == [2, ["weights"], ["a", "b"], ["kv_cache"], "reset"] and not engine.asleep
+
+
+def test_what_vllm_refuses_at_its_start_is_one_line(base, cfg, cuda_vllm, monkeypatch):
+    monkeypatch.setattr(engines, "gpu_share", lambda *_: plan.Share(1000, 0.95))
+    with pytest.raises(BadInput, match="vLLM does not start with .*policy: ValueError Free memory on device"):
+        engines.load_engine(base, replace(cfg, engine="vllm"))

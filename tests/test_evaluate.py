@@ -327,7 +327,7 @@ def test_a_judge_that_dies_loses_no_finished_row(trained, base, cfg, tmp_path):
     assert list(files.read_json(tmp_path / "results.json")) == ["base", "first"]
 
 
-def test_a_checkpoint_of_another_kind_gets_its_own_engine_and_no_kl(trained, base, cfg, tmp_path):
+def test_a_checkpoint_of_another_kind_gets_its_own_engine_and_no_kl(trained, base, cfg, tmp_path, monkeypatch):
     """Llama 3 and 3.1 have equal shapes and other positions: weights alone would go in, and speak nonsense."""
     odd = str(tmp_path / "odd")
     files.write_folder(odd, lambda partial: [open(os.path.join(partial, f), "wb").write(
@@ -337,8 +337,13 @@ def test_a_checkpoint_of_another_kind_gets_its_own_engine_and_no_kl(trained, bas
     files.write_file(os.path.join(odd, "config.json"), json.dumps(config))
     cfg = replace(cfg, max_turns=2, eval_dialogues=6)
     engine, user, reward = simulator.load_cast(cfg)
+    order, load = [], engines.load_engine
+    for name in ("sleep", "update"):
+        monkeypatch.setattr(engine, name, lambda *x, name=name, real=getattr(engine, name): (order.append(name), real(*x)))
+    monkeypatch.setattr(engines, "load_engine", lambda path, cfg, *who: (order.append(who), load(path, cfg, *who))[1])
     results, played = evaluate.evaluate({"odd": odd, "same": base}, str(tmp_path), engine, user, reward, cfg)
-    assert "kl" not in results["odd"] and results["same"]["kl"] == 0
+    assert order == ["update", "update", "sleep", ("other", 1), "sleep"]  # in the place of one that sleeps, and last
+    assert list(results) == ["base", "odd", "same"] and "kl" not in results["odd"] and results["same"]["kl"] == 0
     own = engines.load_engine(odd, cfg)
     alone = simulator.rollout(simulator.test_prompts(cfg, own.tokenizer), own, user, [2] * 6)
     assert [d.ids for d in played["odd"]] == [d.ids for d in alone] != [d.ids for d in played["base"]]

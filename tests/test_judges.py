@@ -568,7 +568,8 @@ def talker(tokenizers, tmp_path):
 
 
 def test_a_local_checkpoint_judges_and_its_babble_stops_the_run(talker, cfg, tmp_path, monkeypatch):
-    local = judges.local_judge(talker, replace(cfg, max_length=1024, wave=1, eval_wave=4), 8)
+    local = judges.LocalJudge(talker, replace(cfg, max_length=1024, wave=1, eval_wave=4), 8)
+    local.load()
     real, sizes = local.engine.answer_ids, []
     monkeypatch.setattr(local.engine, "answer_ids", lambda rows: sizes.append(len(rows)) or real(rows))
     with pytest.raises(BadInput, match="the judge failed 6 of 6 questions .an empty or unfinished reply"):

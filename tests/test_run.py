@@ -380,11 +380,24 @@ def test_half_of_torchruns_environment_is_one_line(there, monkeypatch):
 
 def test_more_processes_than_gpus_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "3")
-    with pytest.raises(BadInput, match="process 2 of this node has no GPU, there are 2"):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "3", "MASTER_PORT": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    ranks.check_environment()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # said by those that have one, too: they would wait for the third
+    with pytest.raises(BadInput, match="--nproc_per_node 3: this node has 2 GPUs"):
         ranks.check_environment()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has"),
+                                   RuntimeError("CUDA Error: out of memory at csrc/cumem_allocator.cpp:62")])  # fmt: skip
+def test_out_of_memory_is_one_line(error, capsys):
+    with pytest.raises(SystemExit) as stop, ranks.one_line("refuel.py"):
+        raise error
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and "refuel.py: out of memory" in said and "--plan" in said
+    with pytest.raises(RuntimeError, match="another"), ranks.one_line("refuel.py"):
+        raise RuntimeError("another")
 
 
 def test_a_setting_that_is_missing_is_called_so():

@@ -23,7 +23,7 @@ from simulator import Dialogue
 def fake(monkeypatch):
     """A server that is no model, with a child that does not listen to SIGTERM, in the place of vLLM's."""
     script = os.path.join(ROOT, "tests", "served.py")
-    monkeypatch.setattr(serve, "command", lambda path, port, room, memory: [sys.executable, script, "fake", str(port)])
+    monkeypatch.setattr(serve, "command", lambda path, port, room, share: [sys.executable, script, "fake", str(port)])
     serve.start.cache_clear()
     yield
     serve.start.cache_clear()

@@ -7,8 +7,9 @@ sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.p
 
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
-from helpers import collected, random_pairs, with_logps
+from helpers import collected, in_bfloat16, random_pairs, with_logps
 from usage import REST, arguments
 import simulator
 from machinery import ranks  # first: it sets what torch reads when it is imported
@@ -20,19 +21,35 @@ from machinery.ranks import rank, world
 from machinery.logps import pair_logps
 
 
+def gradients(model, temperature):
+    """{logp, grad/NAME: tensor} of a loss of random pairs."""
+    model.train()
+    logp_2B = pair_logps(model, random_pairs(9), temperature)
+    (logp_2B * (1 + logp_2B.detach().sin())).sum().backward()
+    found = {"logp": logp_2B.detach()}
+    for name, p in model.named_parameters():
+        found[f"grad/{name}"] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+    return found
+
+
+def load_in_bfloat16(base, cfg):
+    """The policy as it is on a GPU, but for the place."""
+    with mock.patch.object(fsdp, "shard", in_bfloat16(fsdp.shard)), \
+         mock.patch.object(fsdp, "device", lambda: torch.device("cpu")), \
+         mock.patch.object(fsdp, "dtype", lambda: torch.bfloat16):  # fmt: skip
+        return refuel.load_policy(base, cfg)
+
+
 def results(base, cfg):
     """{name: tensor}: log-probs and gradients for both temperatures with each checkpointing; trained weights."""
     found = {}
     for temperature in (1.0, 0.8):
         for checkpointing in ("none", "selective", "full"):
             model = refuel.load_policy(base, replace(cfg, activation_checkpointing=checkpointing))
-            model.train()
-            key = f"{temperature}/{checkpointing}"
-            logp_2B = pair_logps(model, random_pairs(9), temperature)
-            (logp_2B * (1 + logp_2B.detach().sin())).sum().backward()
-            found[f"{key}/logp"] = logp_2B.detach()
-            for name, p in model.named_parameters():
-                found[f"{key}/grad/{name}"] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            for name, tensor in gradients(model, temperature).items():
+                found[f"{temperature}/{checkpointing}/{name}"] = tensor
+    for name, tensor in gradients(load_in_bfloat16(base, cfg), 0.8).items():
+        found[f"bfloat16/{name}"] = tensor
     model = refuel.load_policy(base, cfg)
     refuel.regress(model, refuel.make_optimizer(model, cfg), random_pairs(19), cfg)  # 8, 8 and a last batch of 3
     for name, whole in fsdp.full_weights(model):
