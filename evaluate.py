@@ -158,7 +158,8 @@ def summary(dialogues, reference, judge, reward, turns=None):
         for name in ("asked", "flips", "unparsable", "unanswered"):
             row[name] = judge.counts[name] - before[name]
         row["flip_rate"] = 100 * row["flips"] / max(1, row["asked"])
-    return {k: np.round(v, 4).tolist() for k, v in row.items()} | {"dialogues": len(dialogues), "turns": round(float(turns_N.mean()), 4)}
+    row["turns"] = np.mean([len(d.spans) for d in dialogues])
+    return {k: np.round(v, 4).tolist() for k, v in row.items()} | {"dialogues": len(dialogues)}
 
 
 # ---------------------------------------------------------------------------------------------------------------
