@@ -24,7 +24,6 @@ import math
 import time
 from array import array
 from collections import Counter
-from dataclasses import asdict
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +36,7 @@ from machinery.fsdp import full_weights, gradient_norm, load_policy
 from machinery.logps import batches, micro_batches, old_logps, pair_length, pair_logps
 from machinery.meter import Meter, as_tensors, check_finite
 from machinery.ranks import barrier, one_line, rank, start_processes
-from machinery.run import Run, log_data, open_folder, progress
+from machinery.run import Run, announce, log_data, open_folder, progress
 from machinery.settings import SETTINGS, Config, read_config  # noqa: F401
 from simulator import Dialogue, data_counts, futures, load_cast, longest, made_of, prepare, score, train_prompts
 
@@ -242,8 +241,7 @@ def train(cfg, cast=None, prompts_of=train_prompts, collect=collect, loss_fn=ref
     for t in range(run.t + 1, cfg.iterations + 1):
         run.begin(t)
         speakers = {"policy": policy, "user": user, "reward": reward}
-        prompts = () if cfg.pairs else prompts_of(cfg, policy.tokenizer, t)
-        pairs = run.pairs(prompts, play, Pair.from_json, speakers)
+        pairs = run.pairs(() if cfg.pairs else prompts_of(cfg, policy.tokenizer, t), play, Pair.from_json, speakers)
         policy.sleep()
         pairs = run.hold_out([regularised(pair, cfg) for pair in run.with_logps(pairs)], loss_fn)
         regress(model, run.optimizer, pairs, cfg, loss_fn, run.first_step(), run.after_step, t)
@@ -263,9 +261,7 @@ def main(argv=None):
         cfg = prepare(cfg)
         plan.check(cfg)
         open_folder(cfg, made_of)
-        if rank() == 0:
-            for name, value in asdict(cfg).items():
-                print(f"{name:26s}{value}", flush=True)
+        announce(cfg)
         log_data(cfg, data_counts(cfg))
         cast = train(cfg)
         policies = {f"iter_{t}": path for t, path in kept_policies(cfg.out).items()}

@@ -25,6 +25,7 @@ from machinery.logps import old_logps
 from machinery.meter import describe
 from machinery.pairs import read_pairs
 from machinery.ranks import barrier, dtype, in_waves, on_rank_0, rank, world
+from machinery.settings import SETTINGS, engine_name
 from machinery.template import load_tokenizer
 from machinery.users import check_failures
 
@@ -85,6 +86,21 @@ def open_folder(cfg, made_of):
             files.write_file(path, json.dumps(asdict(cfg) | {"made_of": inputs}, indent=1))
 
     on_rank_0(claim)
+
+
+def announce(cfg):
+    """What runs, and where: first what differs from the setting's own values, then all the rest."""
+    if rank() > 0:
+        return
+    own, values = SETTINGS[cfg.setting], asdict(cfg)
+    changed = [name for name in values if name in own and own[name] != values[name]]
+    for title, names in (("differs from the setting:", changed), ("as in the setting:", values.keys() - changed)):
+        print(title if names else f"nothing {title.removesuffix(':')}")
+        for name in (name for name in values if name in names):
+            print(f"  {name:26s}{values[name]}")
+    found = ", ".join(f"{name} {version}" for name, version in files.versions().items() if name != "code")
+    kind = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads a process"
+    print(f"{world()} processes on {kind}, {dtype()}; engine {engine_name(cfg)}; {found}", flush=True)
 
 
 LOGGED = {}  # of each metrics.jsonl the place of this process's last line

@@ -113,9 +113,10 @@ def test_every_phase_of_setting_one_fits_80_gb_and_the_engines_get_all_that_is_l
 
 @pytest.mark.parametrize("flags, machine, words", [
     ("--activation-checkpointing none", {}, "train: .* it fits with --activation-checkpointing selective or"),
-    ("--micro-tokens 8192", {}, "it fits with --micro-tokens 3072 or --activation-checkpointing full or --user URL"),
+    ("--micro-tokens 8192 --activation-checkpointing selective", {},
+     "it fits with --micro-tokens 4096 or --activation-checkpointing full or --user URL"),
     ("--activation-checkpointing none --micro-tokens 8192", {"gpu_memory": 60.0},
-     "it fits with --micro-tokens 3072 and --activation-checkpointing full and --user URL"),
+     "it fits with --micro-tokens 4096 and --activation-checkpointing full and --user URL"),
     ("", {"gpus": 4}, "it fits with --user URL --user-model NAME or 8 GPUs a node"),
     ("", {"ranks": 1}, "with 1 process .* it fits with torchrun --nproc_per_node 8"),
     ("", {"gpu": "4090"}, "it needs more GPUs, larger ones, or smaller models"),
@@ -211,7 +212,7 @@ def test_tensor_parallelism_divides_the_heads(heads, groups, gpus, expected):
 
 
 def test_a_layer_that_runs_again_as_a_whole_leaves_only_its_input():
-    one, pair = refuel.read_config(["--setting", "one"]), (2048, 1024)
+    one, pair = refuel.read_config(["--setting", "one", "--micro-tokens", "3072"]), (2048, 1024)
     m = plan.shape(one.policy)
     train = {kind: plan.trainer(m, replace(one, activation_checkpointing=kind), 1, 1, pair)["train"]
              for kind in ("none", "selective", "full")}  # fmt: skip
