@@ -193,25 +193,24 @@ def published(method, cfg, columns):
 
 
 def add_costs(results, cfg):
-    """To results.json's rows what the tables have beside: P(H) of the pairs, weighted average, pairs, minutes, the
+    """To results.json's rows what the tables have beside: P(H) and P(h) of the pairs, weighted average, pairs, minutes, the
     paper's row.
 
     weighted: Table 6, by the lengths of the dialogues in each row's own data; the base policy has none. (Its numbers are
     lost; with one set of weights for all rows, REFUEL could not be first there, so they are each row's own.)"""
     for method in METHODS.keys() & results.keys():
-        row, seconds = results[method], {}
-        for line in files.read_lines(os.path.join(cfg.out, method, "metrics.jsonl")):
-            if line["phase"] in ("collect", "regress"):  # a training's last step has all of its seconds
-                seconds[line["iteration"], line["phase"]] = line["seconds"]
-        log = files.read_lines(os.path.join(cfg.out, method, "metrics.jsonl"))
+        row, log = results[method], files.read_lines(os.path.join(cfg.out, method, "metrics.jsonl"))
         collected = [line for line in log if line["phase"] == "collect"]
-        turns = max(len(line["P(H)"]) for line in collected)
-        shares = np.sum([line["pairs"] * np.pad(line["P(H)"], (0, turns - len(line["P(H)"]))) for line in collected], axis=0)
-        row["pairs"], row["minutes"] = sum(line["pairs"] for line in collected), round(sum(seconds.values()) / 60, 2)
-        row["P(H)"] = np.round(shares / row["pairs"], 4).tolist()
+        trained = {line["iteration"]: line["seconds"] for line in log if line["phase"] == "regress"}  # the last step's
+        row["minutes"] = round((sum(line["seconds"] for line in collected) + sum(trained.values())) / 60, 2)
+        row["pairs"] = sum(line["pairs"] for line in collected)
+        for name in ("P(H)", "P(h)"):
+            turns = max(len(line[name]) for line in collected)
+            counts_TN = [line["pairs"] * np.pad(line[name], (0, turns - len(line[name]))) for line in collected]
+            row[name] = np.round(np.sum(counts_TN, axis=0) / row["pairs"], 4).tolist()
         row["paper"] = published(method, cfg, len(row["win"]))
-        if len(row["win"]) >= turns > 1:
-            row["weighted"] = round(float(np.dot(row["win"][:turns], row["P(H)"]) / sum(row["P(H)"])), 4)
+        if len(row["win"]) >= len(row["P(H)"]) > 1:
+            row["weighted"] = round(float(np.dot(row["win"][: len(row["P(H)"])], row["P(H)"]) / sum(row["P(H)"])), 4)
     return results
 
 

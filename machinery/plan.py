@@ -113,14 +113,16 @@ def shape(path):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def law(max_turns):
-    """E[H] and E[h] for H ~ U(max_turns), h ~ U(H)."""
+def law(max_turns, kind="paper"):
+    """E[H] and E[h] for H ~ U(max_turns), h ~ U(H), or (uniform) for all h <= H alike."""
+    if kind == "uniform":
+        return (2 * max_turns + 1) / 3, (max_turns + 2) / 3
     return (max_turns + 1) / 2, (max_turns + 3) / 4
 
 
 def tokens(cfg, answer, question, justification):
     """Tokens for one prompt, dropped ones aside. Prefixes are cached: a turn is computed once in each roll-out."""
-    H, h = law(cfg.max_turns)
+    H, h = law(cfg.max_turns, cfg.reset_law)
     asked = 1 if "://" in cfg.user or model_of(cfg.user) else 0
     return {
         "policy: sampled": (2 * H - h + 1) * answer,  # H turns, then h..H again
@@ -301,7 +303,7 @@ def memory(cfg, x):
         phases[phase] = {"user": parts["user"].awake if user else 0, "policy's engine": engine.get(phase, own.graphs),
                          "reward model": reading(reward, 16384 if phase == "collect" else 0), "trainer": trained,
                          "contexts": CONTEXTS}  # fmt: skip
-    dialogue = law(cfg.max_turns)[0] * (x["answer_tokens"] + x["question_tokens"])
+    dialogue = law(cfg.max_turns, cfg.reset_law)[0] * (x["answer_tokens"] + x["question_tokens"])
     held = {"policy": own.cache / policy.cache / dialogue}
     if user:
         held["user"] = parts["user"].cache / cache_of(user, split_of(cfg, user, x["gpus"])) / dialogue
@@ -311,7 +313,7 @@ def memory(cfg, x):
 def hours(cfg, x, held):
     """{work: (tokens of one iteration, FLOPs, hours)}: reading by arithmetic, sampling by the bandwidth of memory."""
     policy, user, reward = shapes(cfg)
-    ranks, H = x["ranks"], law(cfg.max_turns)[0]
+    ranks, H = x["ranks"], law(cfg.max_turns, cfg.reset_law)[0]
     dialogue = H * (x["answer_tokens"] + x["question_tokens"])
     rows = {}
     for name, n in tokens(cfg, x["answer_tokens"], x["question_tokens"], x["justification_tokens"]).items():
@@ -409,10 +411,12 @@ def check(cfg, x=None, only=None):
 
 def show(cfg, x):
     """The plan as Markdown; what does not fit is refused below the table."""
+    if not cfg.num_prompts:
+        raise BadInput("--plan reads no data set: say with --num-prompts how many prompts an iteration has")
     x = machine(x)
     phases, held = memory(cfg, x)
     policy, user, reward = shapes(cfg)
-    H, h = law(cfg.max_turns)
+    H, h = law(cfg.max_turns, cfg.reset_law)
     lines = [f"{x['nodes']} x {x['gpus']} GPUs of {x['gpu_memory']:g} GiB, bfloat16; parameters: " + ", ".join(
         f"{name} {m.P / 1e9:.4g}e9" for name, m in (("policy", policy), ("user", user), ("reward", reward)) if m), ""]
     parts = list(phases["collect"])

@@ -83,15 +83,15 @@ def methods_table(results):
 
     A row's "paper": its win rates and their average; or its win rate, reward and KL of Table 2."""
     whole = len(next(iter(results.values()))["win"]) == 1
-    heads = ["method", *turn_heads(results), *([] if whole else ["average", "weighted"]), "reward", "KL", "P(H) in %", "pairs",
-             "min"]  # fmt: skip
+    heads = ["method", *turn_heads(results), *([] if whole else ["average", "weighted"]), "reward", "KL", "P(H), P(h) in %",
+             "pairs", "min"]  # fmt: skip
     rows = []
     for name, r in results.items():
         paper = r.get("paper") or ()
         known = [f" ({x:g})" for x in paper[1:]] if whole and paper else ["", ""]
         wins = win_cells(r, paper[:1] * 2)[:1] if whole else [*win_cells(r, paper), f"{r.get('weighted', r['avg']):.1f}"]
         kl = f"{r['kl']:.2f}" if "kl" in r else "-"
-        shares = " ".join(f"{100 * share:.0f}" for share in r.get("P(H)", ()))
+        shares = ", ".join(" ".join(f"{100 * share:.0f}" for share in r[law]) for law in ("P(H)", "P(h)") if law in r)
         rows.append([name, *wins, f"{np.mean(r['reward']):.3f}{known[0]}", kl + known[1], shares, str(r.get("pairs", "")),
                      str(r.get("minutes", ""))])  # fmt: skip
     return "\n".join(markdown(heads, rows))

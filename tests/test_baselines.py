@@ -159,13 +159,13 @@ def test_table_6_weighs_by_each_rows_own_lengths_and_setting_two_shows_table_2(t
     row = {"win": [50.0, 60.0], "low": [49.0, 59.0], "high": [51.0, 61.0], "avg": 55.0, "avg_low": 54.0, "avg_high": 56.0,
            "reward": [0.1, 0.2], "dialogues": 500, "kl": 1.0}  # fmt: skip
     run = replace(cfg, out=str(tmp_path))
-    log = [{"iteration": t, "phase": "collect", "pairs": n, "P(H)": shares, "seconds": 60.0}
+    log = [{"iteration": t, "phase": "collect", "pairs": n, "P(H)": shares, "P(h)": [1.0], "seconds": 60.0}
            for t, n, shares in ((1, 30, [1.0]), (2, 10, [0.0, 1.0]))]  # fmt: skip
     for method in ("refuel", "rebel-mt-mixed"):
         (tmp_path / method).mkdir()
         files.write_lines(str(tmp_path / method / "metrics.jsonl"), log)
     found = baselines.add_costs({"base": dict(row), "refuel": dict(row)}, run)["refuel"]
-    assert found["P(H)"] == [0.75, 0.25] and found["weighted"] == 52.5 and (found["pairs"], found["minutes"]) == (40, 2.0)
+    assert found["P(H)"] == [0.75, 0.25] and found["P(h)"] == [1.0] and found["weighted"] == 52.5 and (found["pairs"], found["minutes"]) == (40, 2.0)
     whole = {k: v[:1] if isinstance(v, list) else v for k, v in row.items()}
     two = replace(run, user="dataset", dataset="data/hh")
     results = baselines.add_costs({"base": dict(whole), "rebel-mt-mixed": dict(whole)}, two)

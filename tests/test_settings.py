@@ -312,6 +312,18 @@ def test_ultrainteract_is_grouped_by_first_prompt_and_what_is_dropped_is_counted
     assert fewer.dropped["prompt too long"] > 1 and not {p.text for p in fewer.train} & test
 
 
+def test_all_prompts_are_one_batch_and_the_line_says_what_that_comes_to(place, capsys):
+    cfg, tokenizer = place(GOOD)
+    every = replace(cfg, num_prompts=0, batch_size=4, epochs=3)
+    assert len(simulator.train_prompts(every, tokenizer, 1)) == len(simulator.first_prompts(every, "train", tokenizer)) == 10
+    assert len(simulator.offline_prompts(every, tokenizer, 2)) == 16
+    capsys.readouterr()
+    simulator.tell_all(10, every)
+    assert capsys.readouterr().out == "all 10 prompts: at most 10 pairs an iteration, and 9 steps of 4 of them\n"
+    with pytest.raises(BadInput, match="has 3 training prompts, less than one --batch-size"):
+        simulator.tell_all(3, every)
+
+
 def test_prompts_are_drawn_from_the_split_and_offline_dialogues_have_canonical_ids(place):
     cfg, tokenizer = place(GOOD)
     prompts = simulator.train_prompts(cfg, tokenizer, 1)
