@@ -40,10 +40,18 @@ KNOWN = {
     "meta-llama/Meta-Llama-3-8B-Instruct": LLAMA_8B,
     "meta-llama/Llama-3.1-70B-Instruct": LLAMA_8B | dict(
         hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),
+    "meta-llama/Llama-3.2-1B-Instruct": LLAMA_8B | dict(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64, tie_word_embeddings=True),
+    "meta-llama/Llama-3.2-3B-Instruct": LLAMA_8B | dict(
+        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, tie_word_embeddings=True),
+    "Qwen/Qwen2.5-1.5B-Instruct": dict(
+        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+        vocab_size=151936, tie_word_embeddings=True),
     "RLHFlow/ArmoRM-Llama3-8B-v0.1": LLAMA_8B | dict(vocab_size=128257, head=False),
     "sfairXC/FsfairX-LLaMA3-RM-v0.1": LLAMA_8B | dict(head=False),
 }  # fmt: skip
 GIB = 2**30
+INSTRUCTIONS = 90  # tokens of appendix C.2's instructions to the user
 CONTEXTS = 2.0 * GIB  # CUDA contexts and NCCL of the run and of the server; assumed
 GRAPHS = 1.0 * GIB  # an engine's CUDA graphs, which stay while it sleeps; assumed: vLLM's logs say 0.5 to 1 for an 8B
 PROCESS = 3.0 * GIB  # of host memory: Python, CUDA and vLLM; assumed
@@ -128,10 +136,25 @@ def tokens(cfg, answer, question, justification):
         "policy: sampled": (2 * H - h + 1) * answer,  # H turns, then h..H again
         "policy: prefilled": (2 * H - h) * question,
         "user: sampled": asked * (2 * H - h - 1) * (justification + question),
-        "user: prefilled": asked * (2 * H - h - 1) * (answer + question + 90),  # 90: appendix C.2's instructions
+        "user: prefilled": asked * (2 * H - h - 1) * (answer + question + INSTRUCTIONS),
         "reward: read": 2 * H * (answer + question),
         "trainer: forward and backward": h * question + (h + 1) * answer,  # the prefix once, both responses
     }
+
+
+def asked_of_a_url(cfg, x):
+    """(tokens read, tokens written, requests) of one iteration by a user behind a URL, who is paid by the token: each
+    question is asked with the whole conversation before it, and every reading counts (a provider's cache may be cheaper)."""
+    K, read, written, requests = cfg.max_turns, 0, 0, 0
+    turn, reply = x["answer_tokens"] + x["question_tokens"], x["justification_tokens"] + x["question_tokens"]
+    for H in range(1, K + 1):
+        for h in range(1, H + 1):
+            share = 2 / (K * (K + 1)) if cfg.reset_law == "uniform" else 1 / (K * H)
+            for t in [*range(1, H), *range(h, H)]:  # the question after answer t, in both roll-outs
+                read += share * (t * turn + INSTRUCTIONS)
+                written += share * reply
+                requests += share
+    return [cfg.num_prompts * n for n in (read, written, requests)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -440,6 +463,10 @@ def show(cfg, x):
     rows = hours(cfg, x, held)
     for name, row in (rows | {"sum": [sum(column) for column in zip(*rows.values())]}).items():
         lines.append(f"| {name} | {row[0]:.3g} | {row[1]:.3g} | {row[2]:.2f} |")
+    if "://" in cfg.user and not cfg.pairs:
+        read, written, requests = asked_of_a_url(cfg, x)
+        lines += ["", f"the user's server: {read:.3g} tokens to read and {written:.3g} to write an iteration, in {requests:.3g} "
+                  f"requests, and {cfg.eval_dialogues * (cfg.max_turns - 1)} requests for each policy that is evaluated"]  # fmt: skip
     iterations = f"{cfg.iterations} iterations: " if cfg.iterations else "an update takes "
     whole = sum(row[2] for row in rows.values()) * max(1, cfg.iterations)
     lines += ["", f"{iterations}{whole:.2f} hours and the evaluation, at {x['tflops']:g} TFLOP/s with a use of {x['mfu']:g}, "

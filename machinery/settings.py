@@ -280,7 +280,7 @@ def read_config(argv, description=None, **more):
             other = " (of evaluate.py: --reference)" if name == "policy" else ""
             raise BadInput(f"--{name}{other} is missing: {field_comments()[name]}")
     cfg = Config(setting=setting, **values)
-    check(cfg)
+    check(cfg, extra["gpus"] * extra["nodes"] if extra.get("plan") else world())
     return (cfg, extra | {"given": frozenset(given)}) if more else cfg
 
 
@@ -333,8 +333,10 @@ LR = 1e-9, 0.1
 VLLM_TEMPERATURE = 0.01  # vLLM samples at this one where a lower one is asked for
 
 
-def check(cfg):
-    """Everything about a configuration that can be known to be wrong before anything is loaded."""
+def check(cfg, processes):
+    """Everything about a configuration that can be known to be wrong before anything is loaded.
+
+    processes: those that run, or those that --plan is asked about."""
 
     def demand(good, name, words):
         if not good:
@@ -357,8 +359,8 @@ def check(cfg):
     demand(math.isfinite(cfg.penalty), "penalty", "a number")
     alone = cfg.iterations == 1 and not cfg.one_training
     demand(not cfg.pairs or alone, "pairs", "left out in setting two, and with more than one iteration")
-    divides = cfg.replicas > 0 and world() % cfg.replicas == 0
-    demand(divides, "replicas", f"a divisor of {world()}, the number of processes")
+    divides = cfg.replicas > 0 and processes % cfg.replicas == 0
+    demand(divides, "replicas", f"a divisor of {processes}, the number of processes")
     demand(0 <= cfg.max_failures <= 1, "max_failures", "a share of the dialogues, in [0, 1]")
     demand(0 <= cfg.warmup < 1, "warmup", "a share of the steps, in [0, 1)")
     longer = cfg.max_length > cfg.max_new_tokens

@@ -241,3 +241,26 @@ def test_host_memory_of_pairs_is_that_of_pairs(cfg):
 def test_an_unknown_model_is_named():
     with pytest.raises(BadInput, match="no-such/model"):
         plan.shape("no-such/model")
+
+
+@pytest.mark.parametrize("command", re.findall(r"^python refuel.py (.*--plan.*)$", open(os.path.join(ROOT, "docs", "recipes.md")).read(), re.M))
+def test_every_recipe_fits(command, tmp_path, monkeypatch, capsys):
+    page = open(os.path.join(ROOT, "docs", "world.md")).read()
+    (tmp_path / "tutor.py").write_text(re.findall(r"```python\n(.*?)```", page, re.S)[0])
+    monkeypatch.chdir(tmp_path)
+    refuel.main(command.split())
+    text = capsys.readouterr().out
+    assert "hours and the evaluation" in text and ("the user's server:" in text) == ("https" in command)
+
+
+def test_what_a_paid_user_reads_and_writes_is_counted_request_by_request():
+    cfg = refuel.read_config("--setting one --user http://localhost/v1 --user-model m --num-prompts 1000".split())
+    x = plan.machine(DEFAULTS | dict(answer_tokens=10.0, question_tokens=4.0, justification_tokens=3.0))
+    rng, total = np.random.default_rng(0), np.zeros(3)
+    for law in ("paper", "uniform"):
+        h, H = refuel.sample_resets(20_000, 5, rng, law)
+        total[:] = 0
+        for first, last in zip(h, H):
+            for answers in [*range(1, last), *range(first, last)]:
+                total += (answers * 14 + plan.INSTRUCTIONS, 7, 1)
+        assert plan.asked_of_a_url(replace(cfg, reset_law=law), x) == pytest.approx(total / 20, rel=0.02)
