@@ -636,7 +636,7 @@ def test_more_turns_than_table_5_has_limits_for_act_or_are_refused(read, cfg, tm
     few = replace(cfg, user="dataset", max_length=4000, max_dialogue=4000, max_new_tokens=100)
     read(write(tmp_path / "x.jsonl", ROWS))
     tokenizer = template.load_tokenizer(str(tmp_path / "tokenizer"))
-    path = str(write(tmp_path / "hh.jsonl", long + [hh("q", "a"), hh("p", "a")]))
+    path = str(write(tmp_path / "hh.jsonl", long + [hh(f"short {i}", "a") for i in range(10)]))
     assert data.load_data(replace(few, dataset=path), tokenizer).dropped["more than 5 turns"] == 10
     seven = data.load_data(replace(few, dataset=path, max_turns=7), tokenizer)
     assert not seven.dropped and max(len(p.secret) for p in seven.train) == 6

@@ -46,7 +46,7 @@ TOKENS = dict(answer=(350, 0.45), question=(125, 0.35))  # --plan's means; stand
 def talk(rng, H, prefix=None, h=1):
     """A dialogue of H turns as long as setting one's, ids alone; from turn h on another one than `prefix`."""
     d = Dialogue(ids=[], messages=[]) if prefix is None else prefix.reset(h)
-    d.messages = [{"role": "user", "content": "go on"}] * 2
+    d.messages = [{"role": "user", "content": "go on"}, {"role": "assistant", "content": "yes"}] * H
 
     def size(kind):
         mean, spread = TOKENS[kind]
