@@ -15,7 +15,7 @@ import evaluate
 import refuel
 import simulator
 from helpers import ROOT, collected, equal_pairs, hh, random_pairs
-from machinery import data, engines, files, fsdp, meter, ranks, rows
+from machinery import data, engines, files, fsdp, meter, ranks, rows, seams
 from machinery.files import BadInput
 from machinery.run import Run, open_folder
 from refuel import refuel_loss
@@ -342,7 +342,7 @@ class Says:
 ])  # fmt: skip
 def test_what_a_user_gives_is_checked_where_it_enters(texts, words):
     with pytest.raises(BadInput) as stop:
-        simulator.ask(Says(texts), dialogues(3))
+        seams.ask(Says(texts), dialogues(3))
     for word in words:
         assert word in str(stop.value)
     assert simulator.ask(Says(["a", None, "c"]), dialogues(3)) == ["a", None, "c"]
