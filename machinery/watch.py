@@ -110,8 +110,8 @@ CURVES = {
 def curves(rows):
     """{panel: {metric: [(x, value)]}} of the rows of a metrics.jsonl, empty ones left out.
 
-    x is in iterations: a phase's rows lie evenly between t - 1 and t, its only one at t; of waves' rows and the whole
-    collection's the waves' are drawn, where there are any."""
+    x is in iterations: a phase's rows lie evenly between t - 1 and t, its only one at t, but for kl_own, which is what the
+    iteration before has done; of waves' rows and the whole collection's the waves' are drawn, where there are any."""
     found = {}
     for panel, metrics in CURVES.items():
         for metric, phase in metrics.items():
@@ -123,7 +123,8 @@ def curves(rows):
             for t, group in groups.items():
                 waves = [row for row in group if "wave" in row]
                 group = waves if waves else group
-                points += [(round(t - 1 + (n + 1) / len(group), 4), row[metric]) for n, row in enumerate(group)]
+                for n, row in enumerate(group, 1):
+                    points.append((t - 1 if phase == "logps" else round(t - 1 + n / len(group), 4), row[metric]))
             if points:
                 found.setdefault(panel, {})[metric] = points
     return found
@@ -138,6 +139,7 @@ def draw(out):
             ax.plot(*zip(*points), ".-" if len(points) < 50 else "-", lw=1, ms=4, label=metric)
         ax.set_title(panel, fontsize=9)
         ax.tick_params(labelsize=7)
+        ax.ticklabel_format(useOffset=False)
         ax.spines[["top", "right"]].set_visible(False)
         if len(found.get(panel, {})) > 1:
             ax.legend(frameon=False, fontsize=7)
