@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 import evaluate
 import refuel
-from machinery import files, plan
+from machinery import files, page, plan, watch
 from machinery.files import BadInput, iteration_folder, policy_folder
 from machinery.ranks import barrier, one_line, rank, start_processes, world
 from machinery.report import footer, markdown, methods_figure, methods_table, whole_dialogues
@@ -200,7 +200,7 @@ def add_costs(results, cfg):
     lost; with one set of weights for all rows, REFUEL could not be first there, so they are each row's own.)"""
     for method in METHODS.keys() & results.keys():
         row, log = results[method], files.read_lines(os.path.join(cfg.out, method, "metrics.jsonl"))
-        collected = [line for line in log if line["phase"] == "collect"]
+        collected = [line for line in log if line["phase"] == "collect" and "wave" not in line]
         trained = {line["iteration"]: line["seconds"] for line in log if line["phase"] == "regress"}  # the last step's
         row["minutes"] = round((sum(line["seconds"] for line in collected) + sum(trained.values())) / 60, 2)
         row["pairs"] = sum(line["pairs"] for line in collected)
@@ -299,6 +299,7 @@ def run(methods, cfg, given=frozenset()):
     if rank() == 0:
         report(results, curve, differences(played, cast[2], evaluate.judged_turns(cfg)), cfg.out)
         one_opening(played, cast[2], cfg.out)
+        print(f"all results, curves and dialogues, for a browser: {page.write(cfg.out)}", flush=True)
     barrier()
     return results, failed
 
@@ -329,7 +330,8 @@ def one_opening(played, reward, out):
 
 def main(argv=None):
     with one_line("baselines.py"):
-        cfg, extra = read_config(argv, __doc__, method=dict(required=True, help="all, a loss or a row; several with commas"))
+        cfg, extra = read_config(argv, __doc__, method=dict(required=True, help="all, a loss or a row; several with commas"),
+                                 **watch.FLAGS)  # fmt: skip
         methods, given = choose(extra["method"]), extra["given"]
         others = [name for name in methods if not name.endswith("refuel")]
         if cfg.pairs and others:
@@ -340,6 +342,7 @@ def main(argv=None):
         cfg = prepare(cfg)
         plan.check(cfg)
         open_folder(cfg, made_of)
+        watch.TRACK["with"] = extra["track"]
         for method in methods:
             open_folder(method_config(method, cfg, given), made_of)
         _, failed = run(methods, cfg, given)

@@ -2,6 +2,7 @@
 
     python evaluate.py --setting toy --policy runs/toy/iter_2/policy [more ...]
     python evaluate.py --setting one --policy runs/one NAME=org/model --judge URL --judge-model gpt-4-0613
+    python evaluate.py --page runs/one                  report.html of a folder, once more, from what lies there
 
 A policy is a run's folder (its last iteration), a Hugging Face folder or a hub id; or a model behind a server, which is
 played and judged by its texts: NAME=serve:ORG/MODEL, NAME=URL#MODEL (machinery/outside.py). Every policy plays the same
@@ -27,7 +28,7 @@ from dataclasses import replace
 import numpy as np
 
 import simulator
-from machinery import engines, families, files, fsdp, outside, plan, worlds
+from machinery import engines, families, files, fsdp, outside, page, plan, worlds
 from machinery.ask import Server
 from machinery.files import BadInput, read_weights, write_file
 from machinery.judges import ANTHROPIC_HH, ULTRAINTERACT, LLMJudge, LocalJudge, context_of
@@ -141,13 +142,16 @@ def at_equal_length(dialogues, reference, verdict_NH, turns):
     return {"win_controlled": controlled_H, "avg_controlled": controlled_H.mean(), "length": length_H}
 
 
-def summary(dialogues, reference, judge, reward, turns=None):
-    """One row of results.json: a policy's dialogues against the reference's, from the same openings; turns: see stages."""
+def summary(dialogues, reference, judge, reward, turns=None, earned=None):
+    """One row of results.json: a policy's dialogues against the reference's, from the same openings; turns: see stages.
+    earned: a list that takes each dialogue's reward as it ended."""
     before = Counter(getattr(judge, "counts", ()))
     if turns is None:
         turns = max(len(d.spans) for d in (*dialogues, *reference))
     verdict_NH = 100 * judged(dialogues, reference, judge, turns)
     reward_NH = scored(dialogues, reward, turns)
+    if earned is not None:
+        earned += reward_NH[:, -1].tolist()
     win_H, (low_H, high_H) = verdict_NH.mean(0), bootstrap(verdict_NH)
     avg_low, avg_high = bootstrap(verdict_NH.mean(1, keepdims=True))[:, 0]
     row = {"win": win_H, "low": low_H, "high": high_H, "avg": win_H.mean(), "avg_low": avg_low, "avg_high": avg_high,
@@ -292,20 +296,21 @@ def play(file, path, prompts, policy, user, cfg, among=1):
 
 
 def finished(played, reward):
-    """{name: dialogues} without the openings on which any policy's dialogue failed or cannot be scored."""
+    """{name: dialogues} without the openings on which any policy's dialogue failed or cannot be scored, and which are left."""
     good = np.ones(len(next(iter(played.values()))), dtype=bool)
     for dialogues in played.values():
         good &= np.array([not d.failed for d in dialogues]) & np.array(fits(reward, dialogues))
     if not good.any():
         raise BadInput("every evaluation dialogue failed")
-    kept = {}
+    kept, rows = {}, np.flatnonzero(good).tolist()
     for name, dialogues in played.items():
-        kept[name] = [dialogues[i] for i in np.flatnonzero(good)]
-    return kept
+        kept[name] = [dialogues[i] for i in rows]
+    return kept, rows
 
 
 def evaluate(policies, folder, policy, user, reward, cfg, judge=None, kl=True):
-    """results.json in `folder`: each policy {name: checkpoint} against cfg.reference, and everybody's dialogues.
+    """results.json in `folder`: each policy {name: checkpoint} against cfg.reference, and everybody's dialogues;
+    rewards.json: {name: the reward of each line of eval/NAME.jsonl, null where it was left out}.
 
     Returns (results, {name: dialogues}). Openings on which any policy's dialogue failed are left out for all. The file
     is written after each row: a judge that dies costs no finished one. judge: by the reward, unless one is given."""
@@ -319,23 +324,28 @@ def evaluate(policies, folder, policy, user, reward, cfg, judge=None, kl=True):
     for name in sorted(paths, key=lambda name: stranger(paths[name], policy)):  # strangers last
         file = os.path.join(folder, "eval", f"{name}.jsonl")
         played[name] = play(file, paths[name], prompts, policy, user, cfg, among)
-    played, scores = finished({name: played[name] for name in paths}, reward), shared(reward)
+    played, rows = finished({name: played[name] for name in paths}, reward)
+    scores = shared(reward)
     policy.sleep()  # any later use of it brings weights
     policy.temperature = cfg.temperature
     own = cfg.eval_temperature in (0, cfg.temperature)  # else the dialogues are no samples of the policy that was trained
     divergence = kl_to_reference(paths, played, cfg) if kl and own else {}
     if late:
         asked.load(among)
-    results = {}
+    results, earned = {}, {}
     for dialogues in played.values():
         if hasattr(judge, "check_room"):
             judge.check_room(dialogues, played["base"])
     for name, dialogues in played.items():
-        row = summary(dialogues, played["base"], judge or by_reward(scores), scores, judged_turns(cfg))
+        rewards = []
+        row = summary(dialogues, played["base"], judge or by_reward(scores), scores, judged_turns(cfg), rewards)
         row |= divergence.get(name, {})
         row |= {"failed": len(prompts) - len(dialogues), "command": " ".join(["python", *sys.argv])}
-        results[name] = row
+        results[name], earned[name] = row, [None] * len(prompts)
+        for i, r in zip(rows, rewards, strict=True):
+            earned[name][i] = round(r, 6)
         if rank() == 0:
+            write_file(os.path.join(folder, "rewards.json"), json.dumps(earned))
             write_file(os.path.join(folder, "results.json"), json.dumps(results, indent=1))
     barrier()
     return results, played
@@ -347,14 +357,15 @@ def judged_turns(cfg):
 
 
 def report(results, played, reward, folder):
-    """What a person sees at the end: the table, Figure 1, and one dialogue before and after."""
+    """What a person sees at the end: the table, Figure 1, one dialogue before and after, and where all else is."""
     last = list(played)[-1]
     turns_figure(results, os.path.join(folder, "win_rate.png"))
     print(f"\n{table(results)}\n\n{footer(results)}; figure: {os.path.join(folder, 'win_rate.png')}")
     gain = np.subtract(reward(played[last]), reward(played["base"]))
     i = int(np.argsort(gain, kind="stable")[len(gain) * 3 // 4])  # neither the best nor a lucky one
     print(f"\none opening, played by base and by {last} (the upper quartile of the gain, {gain[i]:+.2f}):\n")
-    print(side_by_side(played["base"][i], played[last][i]), flush=True)
+    print(side_by_side(played["base"][i], played[last][i]))
+    print(f"\nall results, curves and dialogues, for a browser: {page.write(folder)}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -367,11 +378,17 @@ def command(argv):
     own = Parser(add_help=False, allow_abbrev=False)
     own.add_argument("--policy", nargs="+", action="extend", default=[])
     own.add_argument("--out")
+    own.add_argument("--page", metavar="FOLDER")
     own, rest = own.parse_known_args(argv)
     flags = dict(judge=dict(default="reward", metavar="reward|world|URL|FOLDER", help="who compares [reward]"),
                  judge_model=dict(metavar="NAME", help="the judge's name at a URL"),
                  judge_tokens=dict(default=512, type=int, metavar="N", help="room for its comparison and verdict [512]"),
                  judge_context=dict(type=int, metavar="N", help="tokens of a prompt and its reply; else by its name"))
+    if own.page is not None:
+        if own.policy or own.out or rest:
+            raise BadInput("--page FOLDER stands alone: report.html is made of what lies in the folder")
+        return None, [], {"page": own.page}
+    flags["page"] = dict(metavar="FOLDER", help="make report.html of a run's, a baselines' or an evaluation's folder, no more")
     cfg, extra = read_config(rest, __doc__, **flags)
     if not own.policy:
         raise BadInput("--policy names at least one run folder, checkpoint folder or hub id")
@@ -435,6 +452,8 @@ def load_judge(flags, cfg, count):
 def main(argv=None):
     with one_line("evaluate.py"):
         cfg, policies, flags = command(argv)
+        if "page" in flags:
+            return print(page.write(flags["page"]))
         start_processes()
         policies = named(policies)
         cfg = simulator.prepare(replace(cfg, policy=cfg.reference), trains=False)

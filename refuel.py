@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 import evaluate
-from machinery import plan
+from machinery import plan, watch
 from machinery.files import find_checkpoint, kept_policies
 from machinery.fsdp import full_weights, gradient_norm, load_policy
 from machinery.logps import batches, micro_batches, old_logps, pair_length, pair_logps
@@ -178,7 +178,7 @@ def regress(model, optimizer, pairs, cfg, loss_fn=refuel_loss, first_step=0, aft
     model.train()
     steps = batches(len(pairs), cfg.batch_size, cfg.epochs, cfg.seed)
     metrics = {}
-    for step, batch in progress(steps, first_step, "regress"):
+    for step, batch in progress(steps, first_step, f"iteration {t} of {cfg.iterations}: regress"):
         start, meter = time.monotonic(), Meter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, t, step / len(steps))
@@ -254,14 +254,14 @@ def train(cfg, cast=None, prompts_of=train_prompts, collect=collect, loss_fn=ref
 
 def main(argv=None):
     with one_line("refuel.py"):
-        cfg, extra = read_config(argv, __doc__, **plan.FLAGS)
+        cfg, extra = read_config(argv, __doc__, **plan.FLAGS, **watch.FLAGS)
         if extra["plan"]:
             return plan.show(cfg, extra)
         start_processes()
         cfg = prepare(cfg)
         plan.check(cfg)
         open_folder(cfg, made_of)
-        announce(cfg)
+        announce(cfg, extra["track"])
         log_data(cfg, data_counts(cfg))
         cast = train(cfg)
         policies = {f"iter_{t}": path for t, path in kept_policies(cfg.out).items()}

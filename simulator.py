@@ -2,6 +2,7 @@
 
     python simulator.py --setting toy --policy runs/toy/iter_2/policy --show 3      look at dialogues and resets
     python simulator.py --world FILE.py --policy FOLDER --show 3                    the same of a world of your own
+    python simulator.py --show 3 runs/one/iter_1/pairs.jsonl                        stored ones, or eval/NAME.jsonl
 
 Sections 2 and 4.2. Token ids are the truth and text is a view: what the policy sampled is what is trained on. A dialogue
 is never decoded and tokenised again between turns. Roll-in, roll-out and evaluation are one loop, `converse`; a reset is
@@ -22,10 +23,10 @@ import numpy as np
 
 from machinery import data, families, pace, pairs, rewards, rows, users, worlds
 from machinery.engines import load_engine
-from machinery.files import BadInput, check_positions, find_checkpoint, fingerprint, load_config, versions
+from machinery.files import BadInput, check_positions, find_checkpoint, fingerprint, load_config, read_lines, read_sealed, versions
 from machinery.ranks import on_rank_0, one_line, rank, start_processes, told
 from machinery.seams import END, score
-from machinery.settings import engine_name, read_config, seed_for
+from machinery.settings import Parser, engine_name, read_config, seed_for
 from machinery.template import (check_history, check_vocabulary, checked, encode, end_token, later_ids, load_tokenizer,
                                 opening_ids, said, stop_tokens)  # fmt: skip
 
@@ -490,14 +491,16 @@ def longest(dialogues, cfg):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def show(first, second, h, scores, tokenizer):
-    """Both futures of one state as text: the prefix s_h, what of each is trained, and their rewards."""
+def show(first, second, h, scores, tokenizer=None):
+    """Both futures of one state as text: the prefix s_h, what of each is trained, and their rewards; without a tokenizer
+    how many tokens that are, not which."""
     lines = [f"h = {h} of H = {max(first.turns, second.turns)}, prefix of {len(first.reset(h).ids)} tokens"]
     for m in first.conversation()[: len(first.conversation()) - len(first.messages) + 2 * h - 1]:
         lines.append(f"   {m['role']:10s} {m['content']}")
     for name, d, earned in zip(("y ", "y'"), (first, second), scores, strict=True):
         ids = d.answer(h)
-        lines.append(f"{name} {len(ids)} sampled tokens: {tokenizer.convert_ids_to_tokens(ids)}")
+        which = f": {tokenizer.convert_ids_to_tokens(ids)}" if tokenizer else ", which are trained"
+        lines.append(f"{name} {len(ids)} sampled tokens{which}")
         for m in d.messages[2 * h - 1 :]:
             lines.append(f"   {m['role']:10s} {m['content']}")
         lines.append("   too long for the reward model" if earned is None else f"   reward {earned:.3f}")
@@ -505,13 +508,62 @@ def show(first, second, h, scores, tokenizer):
     return "\n".join(lines)
 
 
+def show_stored(path, number):
+    """The first pairs of a pairs.jsonl, or dialogues of an eval/NAME.jsonl, as text; no model and no tokenizer is needed."""
+    if not os.path.isfile(path):
+        raise BadInput(f"--show: no file at {path}")
+    shown = 0
+    for line, row in enumerate(read_sealed(path) if os.path.exists(f"{path}.sha256") else read_lines(path), 1):
+        try:
+            if "dialogues" in row:
+                first, second = map(Dialogue.from_json, row["dialogues"])
+                text = show(first, second, row["h"], row["rewards"])
+            elif "messages" in row:
+                d = Dialogue.from_json(row)
+                text = "\n".join(f"   {m['role']:10s} {m['content']}" for m in d.conversation())
+                text += "\n   (an answer was cut)" * any(d.truncated) + f"\n   failed: {d.failed}" * bool(d.failed)
+            else:  # the first line of a wave
+                continue
+        except (KeyError, TypeError, ValueError, IndexError):
+            raise BadInput(f"--show: {path}, line {line}, is neither a run's pair nor a dialogue") from None
+        print(f"{path}, line {line}", text, sep="\n", end="\n\n")
+        shown += 1
+        if shown == number:
+            return
+    if not shown:
+        raise BadInput(f"--show: {path} holds no pairs and no dialogues of a run")
+
+
+SHOW = dict(nargs="+", default=["3"], metavar="N [FILE]", help="pairs [3]; of a stored pairs.jsonl or eval/NAME.jsonl, "
+            "without any model")  # fmt: skip
+
+
+def stored(argv):
+    """(number, file) of --show N FILE, else None."""
+    own = Parser(add_help=False, allow_abbrev=False)
+    own.add_argument("--show", nargs="+", default=[])
+    own, rest = own.parse_known_args(argv)
+    if len(own.show) < 2:
+        return None
+    if len(own.show) > 2 or rest:
+        raise BadInput("--show N FILE stands alone: nothing else is loaded")
+    return how_many(own.show[0]), own.show[1]
+
+
+def how_many(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise BadInput(f"--show must be positive, not {text}")
+    return int(text)
+
+
 def main(argv=None):
     with one_line("simulator.py"):
-        cfg, extra = read_config(argv, __doc__, show=dict(type=int, default=3, metavar="N", help="pairs [3]"))
+        file = stored(argv)
+        if file:
+            return show_stored(file[1], file[0])
+        cfg, extra = read_config(argv, __doc__, show=SHOW)
         start_processes()
-        if extra["show"] < 1:
-            raise BadInput(f"--show must be positive, not {extra['show']}")
-        cfg = prepare(replace(cfg, reference=cfg.policy, num_prompts=extra["show"], eval_dialogues=1))
+        cfg = prepare(replace(cfg, reference=cfg.policy, num_prompts=how_many(extra["show"][0]), eval_dialogues=1))
         policy, user, reward = load_cast(cfg)
         rng, dropped = np.random.default_rng(cfg.seed), Counter()
         starts = train_prompts(cfg, policy.tokenizer, 1)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from machinery import families, files
 from machinery.files import BadInput
 from machinery.logps import attend_in_pairs, token_logps
-from machinery.ranks import barrier, device, dtype, rank, world
+from machinery.ranks import bar, barrier, device, dtype, rank, world
 
 
 def load_policy(path, cfg):
@@ -152,7 +152,7 @@ def save_policy(path, model, start):
     from huggingface_hub import save_torch_state_dict
 
     state = {}
-    for name, tensor in full_weights(model):
+    for name, tensor in bar(full_weights(model), "save the policy", delay=3):
         if rank() == 0:
             state[name] = tensor.cpu().clone()
 

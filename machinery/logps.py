@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from machinery.files import BadInput
-from machinery.ranks import add_up, rank, world
+from machinery.ranks import add_up, bar, rank, world
 
 
 def pair_logps(model, pairs, temperature=1.0):
@@ -30,7 +30,7 @@ def dialogue_logps(model, dialogues, temperature, tokens=16384):
     dialogue has no such answer. One forward over a dialogue's ids gives all its turns; ranks share the dialogues."""
     number = {id(d): n for n, d in enumerate(dialogues)}
     logp_NH = torch.zeros(len(dialogues), max(len(d.spans) for d in dialogues), dtype=torch.float64)
-    for micro, share in micro_batches(dialogues, tokens, length=lambda d: len(d.ids)):
+    for micro, share in bar(micro_batches(dialogues, tokens, length=lambda d: len(d.ids)), "ln pi of dialogues", delay=3):
         with torch.no_grad():
             logp_N, row_N, turn_N = scored_tokens(model, [dialogue_row(d) for d in micro], temperature)
         if share:
@@ -45,7 +45,7 @@ def old_logps(model, pairs, cfg):
     model.train()  # the same code path as in training; there is no dropout to switch off
     number = {id(p): n for n, p in enumerate(pairs)}
     logp_N2 = torch.zeros(len(pairs), 2)
-    for batch in batches(len(pairs), cfg.batch_size):
+    for batch in bar(batches(len(pairs), cfg.batch_size), "ln pi of pairs", delay=3):
         for micro, share in micro_batches([pairs[i] for i in batch], cfg.micro_tokens):
             with torch.no_grad():
                 logp_2B = pair_logps(model, micro, cfg.temperature).cpu()

@@ -467,8 +467,24 @@ def show(cfg, x):
         read, written, requests = asked_of_a_url(cfg, x)
         lines += ["", f"the user's server: {read:.3g} tokens to read and {written:.3g} to write an iteration, in {requests:.3g} "
                   f"requests, and {cfg.eval_dialogues * (cfg.max_turns - 1)} requests for each policy that is evaluated"]  # fmt: skip
+    print("\n".join([*lines, "", in_hours(cfg, x, rows)]))
+
+
+def in_hours(cfg, x, rows):
     iterations = f"{cfg.iterations} iterations: " if cfg.iterations else "an update takes "
     whole = sum(row[2] for row in rows.values()) * max(1, cfg.iterations)
-    lines += ["", f"{iterations}{whole:.2f} hours and the evaluation, at {x['tflops']:g} TFLOP/s with a use of {x['mfu']:g}, "
-              f"{x['bandwidth']:g} GB/s"]  # fmt: skip
-    print("\n".join(lines))
+    return (f"{iterations}{whole:.2f} hours and the evaluation, at {x['tflops']:g} TFLOP/s with a use of {x['mfu']:g}, "
+            f"{x['bandwidth']:g} GB/s")  # fmt: skip
+
+
+def estimate(cfg):
+    """The hours of this run on the GPUs that are there, in words; "" without GPUs, or where --num-prompts 0 leaves open how
+    much there is to do. Speeds are those of the card's data sheet, or of an H100 where the card is none that is known."""
+    import torch
+
+    if not torch.cuda.is_available() or not cfg.num_prompts:
+        return ""
+    name, x = torch.cuda.get_device_name().lower(), machine()
+    card = next((card for card in GPUS if card in name), "h100")
+    x |= {"tflops": GPUS[card][1], "bandwidth": GPUS[card][2]}
+    return in_hours(cfg, x, hours(cfg, x, memory(cfg, x)[1]))

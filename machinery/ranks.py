@@ -123,6 +123,42 @@ def on_rank_0(work):
     return found
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Progress
+# ---------------------------------------------------------------------------------------------------------------
+
+SHOWN = []  # the bars of this process that are not at their end, the innermost last
+
+
+def bar(items, desc, done=0, unit="it", delay=0):
+    """The items one by one, behind a progress bar on rank 0; `done` of them are behind already. A bar with a delay is
+    that of a short piece of work: it is not shown before so many seconds, and goes when it is at its end."""
+    total = len(items) + done if hasattr(items, "__len__") else None
+    shown = tqdm(desc=desc, total=total, initial=done, unit=unit, delay=delay, leave=not delay,
+                 disable=rank() > 0, dynamic_ncols=True)  # fmt: skip
+    SHOWN.append(shown)
+    try:
+        for item in items:
+            yield item
+            shown.update()
+    finally:
+        SHOWN.remove(shown)
+        shown.close()
+
+
+def beside_bar(text):
+    """Words beside the outermost bar, which is the phase's own."""
+    if SHOWN:
+        SHOWN[0].set_postfix_str(text, refresh=False)
+
+
+def say(line):
+    """A line on rank 0's terminal, above the bars."""
+    if rank() == 0:
+        tqdm.write(line)
+        sys.stdout.flush()
+
+
 def in_waves(path, items, size, work, desc):
     """The rows of work(items of a wave, number of the wave) for all waves, in order and one by one, from the file at `path`.
 
@@ -132,7 +168,7 @@ def in_waves(path, items, size, work, desc):
     if not os.path.exists(path):
         os.makedirs(parts, exist_ok=True)
         names = [os.path.join(parts, f"{number:05d}.jsonl") for number in range(len(starts))]
-        for number in tqdm(range(rank(), len(starts), world()), desc=desc, unit="wave", disable=rank() > 0):
+        for number in bar(range(rank(), len(starts), world()), desc, unit="wave"):
             if not os.path.exists(names[number]):
                 write_sealed(names[number], work(items[starts[number] : starts[number] + size], number))
         barrier()

@@ -2,6 +2,8 @@
 
 A row of results is evaluate.py's, {name: {"win": [h = 1..H], "low", "high", "avg", ...}}; whole dialogues have one column.
 """
+import shutil
+import textwrap
 from itertools import zip_longest
 
 import numpy as np
@@ -97,11 +99,25 @@ def methods_table(results):
     return "\n".join(markdown(heads, rows))
 
 
-def side_by_side(before, after, width=58):
-    """Two dialogues from one opening, turn by turn."""
-    lines = [f"{'before':{width + 12}s}after"]
+def wrapped(text, width):
+    """The lines of a text, none of them longer than width; what breaks a line or moves a terminal's cursor does not."""
+    shown = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+    lines = []
+    for line in shown.splitlines():
+        lines += textwrap.wrap(line, width) or [""]
+    return lines or [""]
+
+
+def side_by_side(before, after, width=None):
+    """Two dialogues from one opening, turn by turn and whole, in two columns of a terminal that is `width` wide."""
+    width = width or min(160, shutil.get_terminal_size((120, 24)).columns)
+    column = max(20, (width - 14) // 2)  # 11 for the role, a gap of 3 between the columns
+    lines = [f"{'':11s}{'before':{column}s}   after"]
     for a, b in zip_longest(before.messages, after.messages, fillvalue={"role": "", "content": ""}):
-        lines.append(f"{a['role'] or b['role']:10s}  {a['content'][:width]:{width}s}{b['content'][:width]}")
+        both = zip_longest(wrapped(a["content"], column), wrapped(b["content"], column), fillvalue="")
+        for n, (left, right) in enumerate(both):
+            role = "" if n else a["role"] or b["role"]
+            lines.append(f"{role:11s}{left:{column}s}   {right}".rstrip())
     return "\n".join(lines)
 
 

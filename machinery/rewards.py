@@ -11,7 +11,7 @@ from collections import Counter
 import torch
 
 from machinery.files import BadInput, find_checkpoint, read_json, read_weights, weight_names
-from machinery.ranks import add_up, device, dtype, rank, world
+from machinery.ranks import add_up, bar, device, dtype, rank, world
 from machinery.seams import opening, score
 from machinery.template import check_round_trip, encode, encode_plain, render
 
@@ -69,10 +69,13 @@ class RewardModel:
         rows = [conversation_ids(self.tokenizer, d.conversation()) for d in dialogues]
         scores, order = [None] * len(rows), sorted((i for i, ids in enumerate(rows) if self.fits(ids)),
                                                    key=lambda i: len(rows[i]))  # fmt: skip
+        batches = []
         while order:  # the longest first: a batch that does not fit the device fails at once
             longest = len(rows[order[-1]])
             batch = [i for i in order[-max(1, self.batch_tokens // longest) :] if len(rows[i]) >= 7 / 8 * longest]
             order = order[: -len(batch)]
+            batches.append(batch)
+        for batch in bar(batches, "score", delay=3):
             for i, score in zip(batch, self.score([rows[i] for i in batch])):
                 scores[i] = score
         return scores

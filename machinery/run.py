@@ -1,7 +1,7 @@
 """A run's folder: what is finished is kept there, and the same command resumes from it.
 
     config.json              the configuration; another one is refused
-    metrics.jsonl            one object a line
+    metrics.jsonl            one object a line; metrics.png: its curves
     iter_1/pairs.jsonl       pairs, then iter_1/logps.jsonl: ln pi_t (and ln pi_0) of both responses
     iter_1/training/         the training in progress; setting two: training/, since iterations are its updates
     iter_1/policy/           what the iteration ends with
@@ -16,15 +16,14 @@ from dataclasses import asdict
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from machinery import files, fsdp
+from machinery import files, fsdp, plan, watch
 from machinery.files import BadInput, iteration_folder, kept_policies, policy_folder
 from machinery.held_out import HeldOut
 from machinery.logps import old_logps
 from machinery.meter import describe
 from machinery.pairs import read_pairs
-from machinery.ranks import barrier, dtype, in_waves, on_rank_0, rank, world
+from machinery.ranks import bar, barrier, beside_bar, dtype, in_waves, on_rank_0, rank, say, world
 from machinery.settings import SETTINGS, engine_name
 from machinery.template import load_tokenizer
 from machinery.users import check_failures
@@ -88,8 +87,10 @@ def open_folder(cfg, made_of):
     on_rank_0(claim)
 
 
-def announce(cfg):
-    """What runs, and where: first what differs from the setting's own values, then all the rest."""
+def announce(cfg, track=None):
+    """What runs, and where: first what differs from the setting's own values, then all the rest. track: what --track
+    names, which is told every row from here on."""
+    watch.TRACK["with"] = track
     if rank() > 0:
         return
     own, values = SETTINGS[cfg.setting], asdict(cfg)
@@ -101,9 +102,12 @@ def announce(cfg):
     found = ", ".join(f"{name} {version}" for name, version in files.versions().items() if name != "code")
     kind = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads a process"
     print(f"{world()} processes on {kind}, {dtype()}; engine {engine_name(cfg)}; {found}", flush=True)
+    hours = plan.estimate(cfg)
+    if hours:
+        print(f"the plan: {hours}", flush=True)
 
 
-LOGGED = {}  # of each metrics.jsonl the place of this process's last line
+LOGGED = {}  # of each metrics.jsonl the place and the number of this process's last line
 
 
 def log(cfg, row):
@@ -112,14 +116,17 @@ def log(cfg, row):
     path = os.path.join(cfg.out, "metrics.jsonl")
 
     def place(row):
-        return row["iteration"], row["phase"], row.get("step", 0)
+        return row["iteration"], row["phase"], row.get("step", row.get("wave", math.inf))
 
-    if os.path.exists(path) and path in LOGGED and LOGGED[path] < place(row):
+    last, number = LOGGED.get(path, (None, 0))
+    if os.path.exists(path) and last and last < place(row):
         files.append_line(path, row)
     else:
         old = [r for r in files.read_lines(path, torn=True) if place(r) < place(row)] if os.path.exists(path) else []
         files.write_lines(path, [*old, row])
-    LOGGED[path] = place(row)
+        number = len(old)
+    LOGGED[path] = place(row), number + 1
+    watch.track(cfg.out, row, number + 1)
 
 
 class Run:
@@ -134,6 +141,8 @@ class Run:
         self.pi_0 = {name: p.clone() for name, p in fsdp.learned_weights(model).items()} if cfg.gamma else None
         self.t = self.resume()
         self.folder = None
+        path = os.path.join(cfg.out, "metrics.jsonl")
+        self.clock = watch.Clock(cfg.iterations, files.read_lines(path, torn=True) if os.path.exists(path) else ())
 
     def begin(self, t):
         self.t, self.folder = t, iteration_folder(self.cfg.out, t)
@@ -189,10 +198,14 @@ class Run:
                 self.report_pairs(pairs, len(pairs), Counter(), [0, 0], {}, round(time.monotonic() - start, 1))
             return pairs
 
+        self.played = 0  # waves, by this process
         malformed = getattr(speakers.get("reward"), "malformed", None)
+        tokens = {name: s.tokens for name, s in speakers.items() if hasattr(s, "tokens")}
+        for counter in tokens.values():
+            counter.clear()
 
         def wave(rows, number):
-            dropped = Counter()
+            dropped, began, sampled = Counter(), time.monotonic(), tokens.get("policy", {}).get("decode", 0)
             pairs = play(rows, np.random.default_rng([cfg.seed, self.t, number]), dropped)
             check_failures(dropped["user"], len(rows), cfg)
             said = [d for pair in pairs for d in pair.dialogues]
@@ -200,13 +213,14 @@ class Run:
             if number == 0 and len(pairs) >= 16 and all(p.rewards[0] == p.rewards[1] for p in pairs):
                 raise BadInput(f"--reward {cfg.reward} gives both conversations of each of {len(pairs)} pairs the same "
                                "number: there is nothing to learn from it")  # fmt: skip
+            sampled = tokens.get("policy", {}).get("decode", 0) - sampled
+            if len(prompts) > cfg.wave and rank() == 0 and not cfg.one_training:
+                speed = sampled / max(1e-9, time.monotonic() - began)
+                self.report_wave(number, -(-len(prompts) // cfg.wave), pairs, dropped, speed, start)
             return [{"dropped": dropped, "malformed": broken}, *(pair.to_json() for pair in pairs)]
 
-        tokens = {name: s.tokens for name, s in speakers.items() if hasattr(s, "tokens")}
-        for counter in tokens.values():
-            counter.clear()
         path = os.path.join(self.folder, "pairs.jsonl")
-        rows = in_waves(path, prompts, cfg.wave, wave, f"iteration {self.t}: collect")
+        rows = in_waves(path, prompts, cfg.wave, wave, f"iteration {self.t} of {cfg.iterations}: collect")
         pairs, dropped, broken = [], Counter(), np.zeros(2)
         for row in rows:
             if "dropped" in row:
@@ -220,19 +234,34 @@ class Run:
             self.report_pairs(pairs, len(prompts), dropped, broken, tokens, round(time.monotonic() - start, 1))
         return pairs
 
+    def report_wave(self, number, waves, pairs, dropped, speed, start):
+        """A line of metrics.jsonl for each wave of rank 0, before the wave is kept: one that is played again is logged again."""
+        seconds = time.monotonic() - start
+        row = {"iteration": self.t, "phase": "collect", "wave": number, "pairs": len(pairs), "dropped": dropped,
+               "tokens_per_second": round(speed), "seconds": round(seconds, 1)}  # fmt: skip
+        words = f"iteration {self.t}, wave {number + 1} of {waves}: {len(pairs)} pairs"
+        if pairs:
+            row |= {"reward": float(np.mean([p.rewards for p in pairs])), "truncated": cut_answers(pairs)}
+            words += f", reward {row['reward']:.4g}, cut {row['truncated']:.1%}"
+        say(f"{words}, dropped {dict(dropped)}, {speed:.0f} tokens a second")
+        log(self.cfg, row)
+        self.played += 1
+        left = self.clock.left(self.t, "collect", self.played, len(range(number + world(), waves, world())), seconds)
+        beside_bar(f"reward {row['reward']:.4g}, {left}" if pairs else left)
+        watch.redraw(self.cfg.out)
+
     def report_pairs(self, pairs, prompts, dropped, broken, tokens, seconds):
         if all(p.rewards[0] == p.rewards[1] for p in pairs):
             print(f"iteration {self.t}: in no pair do the two rewards differ; Eq. 1 then keeps the policy as it is", flush=True)
         if os.path.exists(os.path.join(self.folder, "logps.jsonl")):
             return
-        cut = [truncated[p.h - 1] for p in pairs for truncated in p.truncated if truncated]  # published pairs do not say
         reward_N = np.mean([p.rewards for p in pairs], axis=1)  # the two of a pair share a prefix: not independent
         row = {"iteration": self.t, "phase": "collect", "pairs": len(pairs), "dropped": dropped,
                "reward": float(reward_N.mean()), "reward_error": float(reward_N.std() / len(pairs) ** 0.5),
                "P(H)": shares([p.H for p in pairs]), "P(h)": shares([p.h for p in pairs]),
                "tokens": tokens, "seconds": seconds}  # fmt: skip
-        if cut:
-            row["truncated"] = float(np.mean(cut))
+        if any(truncated for p in pairs for truncated in p.truncated):  # published pairs do not say
+            row["truncated"] = cut_answers(pairs)
         if broken[1]:
             row["malformed"] = round(broken[0] / broken[1], 5)
         print(f"{len(pairs)} pairs of {prompts} prompts; P(H) {row['P(H)']}, P(h) {row['P(h)']}; dropped: {dict(dropped)}",
@@ -243,6 +272,8 @@ class Run:
             for line in gone_bad(row, before):
                 print(line, flush=True)
         log(self.cfg, row)
+        self.clock.finished("collect", seconds)
+        watch.redraw(self.cfg.out, phase_ends=True)
 
     def row_of(self, t, phase):
         """The last line that metrics.jsonl has of an iteration's phase; None if there is none."""
@@ -257,12 +288,13 @@ class Run:
         after they had been computed."""
         path = os.path.join(self.folder, "logps.jsonl")
         if not os.path.exists(path):
+            start = time.monotonic()
             logps = self.compute_logps(pairs, f"{path}.parts")
             base = logps
             if self.cfg.gamma:
                 with fsdp.exchanged(self.model, self.pi_0):
                     base = self.checked_logps(pairs)
-            self.report_logps(pairs, logps, base)
+            self.report_logps(pairs, logps, base, start)
             if rank() == 0:
                 files.write_sealed(path, [[*new, *old] for new, old in zip(logps, base)])
             barrier()
@@ -280,7 +312,7 @@ class Run:
         if len(pairs) <= size:
             return self.checked_logps(pairs)
         logps = []
-        for start in range(0, len(pairs), size):
+        for start in bar(range(0, len(pairs), size), f"iteration {self.t} of {self.cfg.iterations}: ln pi"):
             part = os.path.join(folder, f"{start:08d}.jsonl")
             if os.path.exists(part):  # or not, on all ranks alike: it is written after all of them have been here
                 logps += files.read_sealed(part)
@@ -299,7 +331,7 @@ class Run:
                 raise BadInput(f"ln pi is not finite: {describe(pair._replace(logps=tuple(row)))}")
         return logps
 
-    def report_logps(self, pairs, logps, base):
+    def report_logps(self, pairs, logps, base, start):
         """How far the engine that sampled is from the weights that are trained; too far, and every rank stops."""
         row = {"iteration": self.t, "phase": "logps"}
         gap = engine_gap(pairs, logps)
@@ -307,9 +339,12 @@ class Run:
             row |= {"engine_gap": float(f"{gap:.3g}")} | self.moved(pairs, logps)
         if self.cfg.gamma:
             row["kl_0"] = float(np.mean(np.subtract(logps, base)))
+        row["seconds"] = round(time.monotonic() - start, 1)
+        self.clock.finished("logps", row["seconds"])
         if rank() == 0:
             print(", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
             log(self.cfg, row)
+            watch.redraw(self.cfg.out, phase_ends=True)
         check_gap(gap, self.t)
 
     def moved(self, pairs, logps):
@@ -336,7 +371,8 @@ class Run:
     def first_step(self):
         """The step at which the iteration's training resumes."""
         self.start = time.monotonic()
-        return self.held_out.resume(fsdp.load_training(self.folder, self.model, self.optimizer))
+        self.begun = self.held_out.resume(fsdp.load_training(self.folder, self.model, self.optimizer))
+        return self.begun
 
     def after_step(self, step, metrics):
         """Log a step's metrics; now and then look at the held-out pairs and save the training in progress. Returns
@@ -349,6 +385,10 @@ class Run:
             for name, value in metrics.items():
                 row[name] = float(f"{value:.6g}") if isinstance(value, float) else value
             log(cfg, row)
+            done = step + 1 - self.begun
+            left = self.clock.left(self.t, "regress", done, self.held_out.steps - step - 1, time.monotonic() - self.start)
+            beside_bar(f"loss {metrics['loss']:.4g}, agree {metrics['sign_agreement']:.0%}, KL {metrics['kl']:.3g}, {left}")
+            watch.redraw(cfg.out)
         if looks:
             self.held_out.keep_best(self.folder, self.model, step)
         if cfg.snapshot_steps and (step + 1) % cfg.snapshot_steps == 0:
@@ -362,6 +402,9 @@ class Run:
         """The end of an iteration: its policy, with --patience that of the best look, is kept. Of setting two's thousands only every policy_every-th and the last
         is, the training state of every checkpoint_steps-th replaces the one before, and other iterations leave no file."""
         cfg, last = self.cfg, self.t == self.cfg.iterations
+        self.clock.finished("regress", time.monotonic() - self.start)
+        if rank() == 0:
+            watch.redraw(cfg.out, phase_ends=True, last=last)
         keep = last or not cfg.one_training or self.t % cfg.policy_every == 0
         if self.held_out.pairs and rank() == 0:
             print(f"iteration {self.t}: held-out loss {self.held_out.looks}; least after {self.held_out.best()} of "
@@ -377,6 +420,11 @@ class Run:
             fsdp.save_training(cfg.out, self.model, self.optimizer, self.t)
         if not keep and rank() == 0:
             shutil.rmtree(self.folder)
+
+
+def cut_answers(pairs):
+    """The share of the responses at turn h that were cut at their limit."""
+    return float(np.mean([truncated[p.h - 1] for p in pairs for truncated in p.truncated if truncated]))
 
 
 def shares(turns):
@@ -426,7 +474,7 @@ def check_gap(gap, t):
 
 def progress(steps, first, desc):
     """The steps that are left as (number, step), behind a bar on rank 0."""
-    return tqdm(list(enumerate(steps))[first:], desc=desc, disable=rank() > 0)
+    return bar(list(enumerate(steps))[first:], desc, first)
 
 
 def log_data(cfg, counts):

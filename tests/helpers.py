@@ -170,7 +170,7 @@ def run_folder(path):
                 found[key] = [{k: v for k, v in r.items() if k not in ("seconds", "tokens", "tokens_per_second")} for r in rows]
             elif name == "results.json":
                 found[key] = {n: {k: v for k, v in r.items() if k != "command"} for n, r in files.read_json(file).items()}
-            elif name not in ("config.json", "win_rate.png"):
+            elif name not in ("config.json", "win_rate.png", "metrics.png", "report.html"):
                 found[key] = open(file, "rb").read()
     return found
 

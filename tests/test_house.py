@@ -8,7 +8,7 @@ from helpers import ROOT, source_files
 
 FLOORS = ["toy", "simulator", "evaluate", "refuel", "baselines"]  # from the ground up; all of them on the machinery
 HEAVY = {"torch", "transformers", "vllm", "datasets", "pyarrow", "matplotlib", "huggingface_hub", "safetensors", "tokenizers",
-         "jinja2"}  # fmt: skip
+         "jinja2", "wandb"}  # fmt: skip
 
 
 def name_of(path):
