@@ -18,7 +18,7 @@ import refuel
 from machinery.files import BadInput
 from machinery.ranks import rank, world
 
-FLAGS = "--setting toy --engine transformers --eta 1 --lr 1e-3 --weight-decay 0 --max-turns 2 --wave 8 --num-prompts 20"
+FLAGS = "--setting toy --engine transformers --eta 1 --lr 1e-3 --weight-decay 0 --max-turns 2 --wave 8 --num-prompts 20 --epochs 1"
 
 
 def read(base, out, *more):

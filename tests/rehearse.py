@@ -36,6 +36,7 @@ from torch.utils.flop_counter import flop_registry
 import refuel
 from helpers import in_bfloat16
 from machinery import families, files, fsdp, logps, plan
+from machinery.ranks import one_line
 
 LLAMA = plan.LLAMA_8B | dict(model_type="llama", architectures=["LlamaForCausalLM"], max_position_embeddings=8192,
                              torch_dtype="bfloat16")  # fmt: skip
@@ -191,10 +192,12 @@ def compare(argv, layers):
 
 
 def main():
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--out")
     own, rest = parser.parse_known_args()
+    with one_line("tests/rehearse.py"):
+        refuel.read_config(["--setting", "one", *rest])
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     with mock.patch.object(files, "check_weights", lambda path: None), \
          mock.patch.object(families, "check_stored", lambda model, path: None):  # fmt: skip

@@ -709,7 +709,7 @@ def test_nothing_here_reads_a_pickle_trusts_code_or_takes_a_key_from_anywhere_bu
         for call in re.findall(r"Auto\w+\.from_pretrained\((?:[^()]|\([^()]*\))*\)", text):
             assert "trust_remote_code=False" in call, (path, call)
     assert sum(text.count("API_KEY") for text in sources.values()) == sum(
-        text.count("API_KEY") for path, text in sources.items() if path.endswith(("ask.py", "evaluate.py", "serve.py")))
+        text.count("API_KEY") for path, text in sources.items() if path.endswith(("ask.py", "evaluate.py", "outside.py", "serve.py")))
 
 
 def test_a_run_with_a_key_leaves_it_nowhere(base, tmp_path, serve, capsys):

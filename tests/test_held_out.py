@@ -20,7 +20,7 @@ def with_rewards(pairs, seed=0):
 
 
 def test_the_last_pairs_are_held_out_an_eighth_at_most_and_none_of_a_few(cfg, capsys):
-    pairs = with_rewards(random_pairs(200))
+    pairs, cfg = with_rewards(random_pairs(200)), replace(cfg, epochs=2)
     held = HeldOut(pairs, replace(cfg, validation=20), refuel_loss, 1)
     assert held.training == pairs[:180] and held.pairs == pairs[180:] and held.steps == 2 * 23
     assert len(HeldOut(pairs, replace(cfg, validation=100), refuel_loss, 1).pairs) == 25
@@ -81,7 +81,7 @@ def test_the_policy_is_that_of_the_best_look_to_the_bit_or_pi_t(losses, steps, b
     monkeypatch.setattr(HeldOut, "look", look)
     monkeypatch.setattr(HeldOut, "measure", lambda *_: {"held_out_loss": 1.0})
     flags = f"--setting toy --policy {base} --reference {base} --engine transformers --out {tmp_path / 'run'} --lr 1e-3"
-    flags += " --num-prompts 160 --batch-size 16 --wave 160 --iterations 1 --eval-dialogues 4 --checkpoint-steps 3"
+    flags += " --num-prompts 160 --batch-size 16 --wave 160 --iterations 1 --eval-dialogues 4 --checkpoint-steps 3 --epochs 2"
     refuel.main(f"{flags} --snapshot-steps 3 --patience 2".split())
     folder = tmp_path / "run" / "iter_1"
     rows = files.read_lines(str(tmp_path / "run" / "metrics.jsonl"))

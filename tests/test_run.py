@@ -170,7 +170,7 @@ def test_what_auto_became_is_part_of_the_configuration(cfg, monkeypatch):
 
 def test_another_configuration_shows_both_values(copy, capsys):
     out, again = copy
-    one_line(lambda: again("--eta", "7"), capsys, "another eta (30.0 there, 7.0 now)")
+    one_line(lambda: again("--eta", "7"), capsys, "another eta (100.0 there, 7.0 now)")
 
 
 def test_an_evaluation_of_other_openings_is_refused(finished, base, cfg, tmp_path):
