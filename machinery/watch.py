@@ -2,6 +2,7 @@
 
 Everything is drawn from metrics.jsonl, on rank 0 (docs/watching.md).
 """
+import argparse
 import hashlib
 import importlib.util
 import math
@@ -9,7 +10,6 @@ import os
 import time
 
 from machinery import files, report
-from machinery.files import BadInput
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
@@ -17,9 +17,9 @@ PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 def tracker(name):
     """What --track names, if it is installed."""
     if name not in PACKAGES:
-        raise BadInput(f"--track must be {' or '.join(PACKAGES)}, not {name}")
+        raise argparse.ArgumentTypeError(f"must be {' or '.join(PACKAGES)}, not {name}")
     if importlib.util.find_spec(PACKAGES[name]) is None:
-        raise BadInput(f"--track {name}: the package is not installed: pip install {PACKAGES[name]}")
+        raise argparse.ArgumentTypeError(f"the package {name} is not installed: pip install {PACKAGES[name]}")
     return name
 
 
