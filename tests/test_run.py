@@ -345,7 +345,7 @@ def test_what_a_user_gives_is_checked_where_it_enters(texts, words):
         seams.ask(Says(texts), dialogues(3))
     for word in words:
         assert word in str(stop.value)
-    assert simulator.ask(Says(["a", None, "c"]), dialogues(3)) == ["a", None, "c"]
+    assert seams.ask(Says(["a", None, "c"]), dialogues(3)) == ["a", None, "c"]
 
 
 def test_rewards_are_subtracted_in_float64():
