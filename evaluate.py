@@ -452,7 +452,7 @@ def load_judge(flags, cfg, count):
 def main(argv=None):
     with one_line("evaluate.py"):
         cfg, policies, flags = command(argv)
-        if "page" in flags:
+        if flags["page"] is not None:
             return print(page.write(flags["page"]))
         start_processes()
         policies = named(policies)

@@ -13,7 +13,7 @@ import evaluate
 import refuel
 import simulator
 from helpers import ROOT, source_files
-from machinery import meter, plan, watch
+from machinery import meter, plan, settings, watch
 
 PAGES = {name: open(os.path.join(ROOT, name), encoding="utf-8").read()
          for name in ["README.md", *sorted(glob.glob("docs/*.md", root_dir=ROOT))]}  # fmt: skip
@@ -36,6 +36,9 @@ FLAGS = {"baselines.py": dict(method={}), "simulator.py": dict(show=simulator.SH
 def test_a_command_parses(page, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tutor.py").write_text(re.findall(r"```python\n(.*?)```", PAGES["docs/world.md"], re.S)[0])
+    monkeypatch.setattr(watch, "PACKAGES", dict.fromkeys(watch.PACKAGES, "json"))  # as if both were installed
+    if "--nnodes 2" in command:
+        monkeypatch.setattr(settings, "world", lambda: 16)
     words = shlex.split(re.sub(r"\$eta", "10", re.sub(r"\b(S|NAME|DIR)\b", "0", command)))
     place = next(i for i, word in enumerate(words) if word.endswith(".py"))
     script, argv = words[place], words[place + 1 :]
@@ -79,7 +82,7 @@ def test_files_that_a_page_names_exist(page):
 def test_what_a_page_calls_a_place_in_the_code_is_one(page):
     modules = {os.path.basename(path).removesuffix(".py") for path in source_files()} - {"__init__"}
     for module, name in re.findall(r"`(\w+)\.([A-Za-z_][\w.]*)`", PAGES[page]):
-        if module in modules and name not in ("py", "json", "jsonl"):
+        if module in modules and name not in ("py", "json", "jsonl", "html"):
             upstairs = os.path.exists(os.path.join(ROOT, f"{module}.py"))
             found = importlib.import_module(module if upstairs else f"machinery.{module}")
             functools.reduce(getattr, name.split("."), found)
