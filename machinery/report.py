@@ -182,6 +182,9 @@ def methods_figure(results, curve, path, order):
     refuel = results.get("refuel")
     for column, loss in enumerate(losses):
         top, below = axes[0][column], axes[1][column]
+        if column:
+            top.sharey(axes[0][0])
+            below.sharey(axes[1][0])
         for name, r in results.items():
             own = name.startswith("refuel")
             if not own and not name.startswith(loss):
@@ -197,7 +200,6 @@ def methods_figure(results, curve, path, order):
         top.set(title=f"{loss.upper()} and REFUEL")
         below.set(xlabel="turn h", ylabel="REFUEL less baseline, points", xticks=np.arange(1, len(r["win"]) + 1))
         for ax in (top, below):
-            ax.sharey(axes[0][0] if ax is top else axes[1][0])
             ax.legend(frameon=False, fontsize=7)
     if curve:
         last = axes[0][-1]

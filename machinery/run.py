@@ -437,12 +437,13 @@ def gone_bad(now, before):
     reward, from other prompts of one law, and the shares of its answers that are malformed or were cut. At most a line."""
     found, noise = [], 2 * math.hypot(now["reward_error"], before["reward_error"])
     if now["reward"] < before["reward"] - noise:
-        found.append(f"mean reward {before['reward']:.3f} to {now['reward']:.3f} (noise {noise:.3f})")
+        found.append("mean reward")
     for name in ("malformed", "truncated"):
         old, new = before.get(name, 0), now.get(name, 0)
         if new > old + 2 * math.sqrt(2 * max(old, 1 / before["pairs"]) / now["pairs"]):
             found.append(f"{name} answers {old:.2%} to {new:.2%}")
-    words = f"iteration {before['iteration']} has made the policy worse: {'; '.join(found)} (see docs/metrics.md)"
+    words = (f"iteration {before['iteration']} has made this worse: {'; '.join(found)} (mean reward {before['reward']:.3f} to "
+             f"{now['reward']:.3f}, two errors {noise:.3f}; docs/metrics.md)")  # fmt: skip
     return [words] if found else []
 
 

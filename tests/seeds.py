@@ -33,7 +33,7 @@ def merged(runs):
                "sd": average.std(ddof=1), "reward": np.mean([row["reward"] for row in rows])}  # fmt: skip
         one["half"] = np.mean([(row["avg_high"] - row["avg_low"]) / 2 for row in rows])
         for key in ("kl", "weighted", "minutes"):
-            one[key] = np.mean([row.get(key, 0) for row in rows])
+            one[key] = np.mean([row.get(key, row["avg"] if key == "weighted" else 0) for row in rows])
         found[name] = one | {"paper": rows[0].get("paper")}
     return found
 

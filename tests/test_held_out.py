@@ -132,13 +132,13 @@ def collected(**values):
 
 
 @pytest.mark.parametrize("now, words", [
-    ({}, ()), ({"reward": 0.44}, ()), ({"reward": 0.43}, ("mean reward 0.450 to 0.430",)),
+    ({}, ()), ({"reward": 0.44}, ()), ({"reward": 0.43}, ("worse: mean reward (mean reward 0.450 to 0.430",)),
     ({"malformed": 0.012}, ()), ({"malformed": 0.04}, ("malformed answers 1.00% to 4.00%",)),
-    ({"truncated": 0.001}, ()), ({"truncated": 0.02, "reward": 0.2}, ("truncated", "mean reward")), ({"reward": 0.6}, ())])  # fmt: skip
+    ({"truncated": 0.001}, ()), ({"truncated": 0.02, "reward": 0.2}, ("worse: mean reward; truncated",)), ({"reward": 0.6}, ())])  # fmt: skip
 def test_a_fall_beyond_noise_is_one_line(now, words):
     said = gone_bad(collected(iteration=4, **now), collected())
     assert len(said) == bool(words) and all(word in said[0] for word in words)
-    assert not said or said[0].startswith("iteration 3 has made the policy worse") and "\n" not in said[0]
+    assert not said or said[0].startswith("iteration 3 has made this worse: ") and "\n" not in said[0]
 
 
 def test_the_next_collection_says_how_far_the_policy_has_moved_by_its_own_samples(base, tmp_path, capsys):
