@@ -1,10 +1,10 @@
 """Several seeds of one table: means, each seed's average, and the noise of training beside the intervals over dialogues.
 
-    python tests/seeds.py results/toy/seed_0.json results/toy/seed_1.json results/toy/seed_2.json --figure results/toy/figure.png
+    python tests/seeds.py results/toy/seed_0.json results/toy/seed_1.json --figure results/toy/figure.png
 
 Reads the results.json of as many runs of baselines.py that differ in --seed alone. An interval over dialogues holds one
-policy's luck with customers; the spread over seeds holds pairs, order and customers as well. Of three seeds the standard
-deviation itself is known to within a factor of two only, so each seed's number is printed.
+policy's luck with customers; the spread over seeds holds pairs, order and customers as well. Of two or three
+seeds the standard deviation itself is hardly known, so each seed's number is printed.
 """
 import sys
 
