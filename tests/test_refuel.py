@@ -331,8 +331,8 @@ def test_a_policy_folder_gives_back_the_weights_that_were_saved(base, cfg, tmp_p
 
 
 def test_killed_around_every_write_a_run_ends_with_the_same_files(base, tmp_path):
-    flags = f"--setting toy --policy {base} --reference {base} --engine transformers --num-prompts 160 --batch-size 32"
-    flags += " --wave 160 --iterations 2 --eval-dialogues 4 --checkpoint-steps 2 --lr 1e-2 --epochs 2 --patience 2"
+    flags = f"--setting toy --policy {base} --reference {base} --engine transformers --num-prompts 136 --batch-size 60"
+    flags += " --wave 136 --max-turns 1 --iterations 1 --eval-dialogues 4 --checkpoint-steps 2 --lr 1e-2 --epochs 2"
     out = [str(tmp_path / name) for name in ("undisturbed", "killed")]
     refuel_py, kills_py = (os.path.join(ROOT, *p) for p in (["refuel.py"], ["tests", "kills.py"]))
     for command in ([refuel_py, "--out", out[0]], [kills_py, "kill", out[1]]):
@@ -345,7 +345,7 @@ def test_killed_around_every_write_a_run_ends_with_the_same_files(base, tmp_path
         assert undisturbed[name] == killed[name], name
     assert not [name for name in killed if ".partial" in name or ".parts" in name or "training" in name or "best" in name]
     looks = [row for row in killed["metrics.jsonl"] if "held_out_loss" in row]
-    assert len(looks) >= 4  # and at this rate the last is not the best: both policies are an earlier look's
+    assert len(looks) >= 2  # and at this rate none is better than pi_t, which is kept
 
 
 # --- bad input --------------------------------------------------------------------------------------------------
