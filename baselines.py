@@ -188,7 +188,8 @@ def method_config(method, cfg, given=frozenset()):
 def published(method, cfg, columns):
     """The paper's row: of Table 1 for five turns, of Table 2 for whole dialogues of the data sets there; else None."""
     if cfg.user == "dataset":
-        return PAPER_TWO["hh" if is_hh(cfg.dataset) else "ultrainteract"].get(method)
+        known = "hh" if is_hh(cfg.dataset) else "ultrainteract"
+        return PAPER_TWO[known].get(method) if known in cfg.dataset.lower() else None
     return PAPER.get(method) if columns == 5 else None
 
 

@@ -174,6 +174,8 @@ def test_table_6_weighs_by_each_rows_own_lengths_and_setting_two_shows_table_2(t
     for word in ("whole dialogue", "(78.6)", "(-5.03)", "(16.79)", "the paper's Table 2 in brackets", "over 500 dialogues"):
         assert word in text
     assert "Table 1" not in text and "weighted" not in text
+    assert baselines.published("refuel", replace(two, dataset="data/UltraInteract.parquet"), 1) == (79.6, 0.87, 93.19)
+    assert baselines.published("refuel", replace(two, dataset="data/mine.jsonl"), 1) is None
 
 
 def test_the_papers_averages_are_those_of_its_cells():
