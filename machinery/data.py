@@ -19,6 +19,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from machinery.files import BadInput
 from machinery.ranks import rank
 from machinery.rows import PARTS, TEST, TRAIN, VALIDATION, content_hash, data_rows
@@ -161,7 +163,9 @@ def read_data(name, tokenizer_path, fixed, max_turns, longest):
     places = [place for place in usable if place.opening not in held_out]
     twice = [place for place in places if place.rejected]
     if rank() == 0:
-        print(f"{sizes}; conversations of 1, 2, ... turns: {shares(places)}, with two answers: {shares(twice)}", flush=True)
+        by_turns, both = (", ".join(f"{share:.3f}" for share in shares([place.turns for place in kept])) or "none"
+                          for kept in (places, twice))  # fmt: skip
+        print(f"{sizes}; conversations of 1, 2, ... turns: {by_turns}, with two answers: {both}", flush=True)
     logs, pairs = (Logs(len(kept), functools.partial(read_logs, name, kept)) for kept in (places, twice))
     return Data(train, test, logs, pairs, dropped)
 
@@ -176,10 +180,9 @@ class Place(NamedTuple):
     limit: int | None = None  # tokens of an answer, in setting two
 
 
-def shares(places):
-    """The share of conversations with 1, 2, ... turns, in words (Tables 3 and 4)."""
-    counts = Counter(place.turns for place in places)
-    return ", ".join(f"{counts[n] / len(places):.3f}" for n in range(1, max(counts, default=0) + 1)) or "none"
+def shares(turns):
+    """The shares of 1, 2, ... turns, to three digits: Tables 3 and 4 of conversations, P(H) and P(h) of pairs."""
+    return np.round(np.bincount(turns)[1:] / max(1, len(turns)), 3).tolist()
 
 
 def split(firsts, known, untested, prompts, dropped, fixed):

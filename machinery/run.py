@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from machinery import files, fsdp, plan, watch
+from machinery.data import shares
 from machinery.files import BadInput, iteration_folder, kept_policies, policy_folder
 from machinery.held_out import HeldOut
 from machinery.logps import old_logps
@@ -425,11 +426,6 @@ class Run:
 def cut_answers(pairs):
     """The share of the responses at turn h that were cut at their limit."""
     return float(np.mean([truncated[p.h - 1] for p in pairs for truncated in p.truncated if truncated]))
-
-
-def shares(turns):
-    """The share of each number of turns, 1 to the most: P(H) or P(h) of the pairs that are kept."""
-    return np.round(np.bincount(turns)[1:] / len(turns), 3).tolist()
 
 
 def gone_bad(now, before):
