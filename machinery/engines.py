@@ -89,7 +89,7 @@ class TransformersEngine(Engine):
         held, held_BT, cache = self.continued(prompts) or self.read(prompts)
         ids_BT, mask_BT = self.padded([p[n:] for p, n in zip(prompts, held)])
         length, mask_BT = ids_BT.shape[1], torch.cat([held_BT, mask_BT], dim=1)
-        sampler = SeededSampler(seeds, self.temperature)
+        sampler = SeededSampler(seeds, self.temperature, self.device)
         with torch.no_grad():
             out = self.model.generate(
                 input_ids=ids_BT, attention_mask=mask_BT, past_key_values=cache,
@@ -177,16 +177,19 @@ class TransformersEngine(Engine):
 class SeededSampler:
     """Samples inside greedy generate by the Gumbel-max trick, each row by its own generator.
 
-    argmax(logp - ln E) with E ~ Exp(1) is a draw from softmax; generate's own sampling knows one seed a batch."""
+    argmax(logp - ln E) with E ~ Exp(1) is a draw from softmax; generate's own sampling knows one seed a batch. The noise
+    is drawn on the model's device: 512 rows of 49,152 words are 0.2 s a token on a CPU's core, and milliseconds on a GPU."""
 
-    def __init__(self, seeds, temperature):
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    def __init__(self, seeds, temperature, device="cpu"):
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self.temperature, self.logps = temperature, []
 
     def __call__(self, ids_BT, logits_BV):
         logp_BV = torch.log_softmax(logits_BV.float() / self.temperature, -1)
-        noise_BV = torch.stack([torch.empty(logp_BV.shape[1]).exponential_(generator=g) for g in self.generators])
-        choice_B = (logp_BV - noise_BV.log().to(logp_BV.device)).argmax(-1)
+        noise_BV = torch.empty_like(logp_BV)
+        for noise_V, generator in zip(noise_BV, self.generators, strict=True):
+            noise_V.exponential_(generator=generator)
+        choice_B = (logp_BV - noise_BV.log_()).argmax(-1)
         self.logps.append(logp_BV.gather(1, choice_B[:, None])[:, 0])
         return torch.full_like(logits_BV, -math.inf).scatter_(1, choice_B[:, None], 0.0)
 

@@ -69,18 +69,21 @@ def start_processes():
     if dist.is_initialized():
         return
     check_environment()
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ:
         if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
             # a rank whose torchrun was killed would wait for the others for hours, and hold its GPU
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
             if os.getppid() != PARENT:
                 raise BadInput("torchrun is gone")
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=6))  # a rank without a wave waits for the others' last
     else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
+        # cuDNN's attention builds a plan for each new shape, and no two pairs have the same lengths: a step of 16 pairs
+        # of the 8B shape took 12.3 s with it, and 2.4 s once the shapes were known (docs/speed.md)
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ state, gradients included. Results go to results/bench.json and, as Markdown, to
 """
 import argparse
 import contextlib
+import functools
 import json
 import os
 import random
@@ -237,8 +238,37 @@ def flex_logps(model, ids_1T, position_1T, lengths, where_N, target_N, temperatu
     return logps.SelectedLogps.apply(hidden_ND, model.lm_head.weight, target_N, temperature)
 
 
+def varlen_attention(module, query, key, value, attention_mask, lengths=None, scaling=None, **_):
+    """As logps.pair_attention, by one call of flash attention's varlen kernel for all pairs: y' gets a copy of its prefix's
+    keys and values."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q_THd, k_THd, v_THd = (x[0].transpose(0, 1) for x in (query, key, value))
+    keys_T, cu_q, cu_k, most_q, most_k = varlen_pieces(tuple(lengths), query.device)
+    k_THd, v_THd = k_THd.index_select(0, keys_T), v_THd.index_select(0, keys_T)
+    out_THd = varlen_attn(q_THd, k_THd, v_THd, cu_q, cu_k, most_q, most_k, scale=scaling, window_size=(-1, 0), enable_gqa=True)
+    return out_THd[None], None
+
+
+@functools.lru_cache(maxsize=4)
+def varlen_pieces(lengths, device):
+    """Of each piece [s, y] and y': where its keys lie, and the cumulative numbers of its queries and keys."""
+    keys, queries, seen, start = [], [], [], 0
+    for s, y, y2 in lengths:
+        keys += [*range(start, start + s + y), *range(start, start + s), *range(start + s + y, start + s + y + y2)]
+        queries += [s + y, y2]
+        seen += [s + y, s + y2]
+        start += s + y + y2
+    cu = [torch.tensor([0, *np.cumsum(n)], dtype=torch.int32, device=device) for n in (queries, seen)]
+    return torch.tensor(keys, device=device), *cu, max(queries), max(seen)
+
+
 def nothing_again(model, _):
     model.gradient_checkpointing_disable()
+
+
+def products_kept(model, _, checkpoint=fsdp.checkpoint_activations):
+    checkpoint(model, "selective")
 
 
 def whole_layers_again(model, _, checkpoint=fsdp.checkpoint_activations):
@@ -251,9 +281,11 @@ VARIANTS = {  # whose attention, and which functions are exchanged
     "without the shared prefix": ("pairs", dict(pair_logps=two_rows)),
     "without packing": ("sdpa", dict(pair_logps=dense(one_pair_a_row))),
     "with a mask of the whole row": ("sdpa", dict(pair_logps=dense(one_row))),
+    "one varlen call a layer": ("pairs", dict(pair_attention=varlen_attention)),
     "logits at every position": ("pairs", dict(token_logps=logits_everywhere)),
     "logits in one piece": ("pairs", dict(SelectedLogps=InOnePiece)),
     "no activation computed again": ("pairs", dict(checkpoint_activations=nothing_again)),
+    "products kept": ("pairs", dict(checkpoint_activations=products_kept)),
     "whole layers computed again": ("pairs", dict(checkpoint_activations=whole_layers_again)),
     "the released layout": ("sdpa", dict(pair_logps=padded, micro_batches=one_by_one)),
 }
@@ -275,8 +307,8 @@ def exchanged(parts):
 
 def run_step(model, optimizer, pairs, cfg, attention="pairs", parts={}):
     """Old log-probs, forward, backward, AdamW on one batch; returns the old log-probs (2, B)."""
-    logps.attend_in_pairs(model).set_attn_implementation(attention)
     with exchanged(parts):
+        logps.attend_in_pairs(model).set_attn_implementation(attention)
         # each time: TRL's trainer has its own way with the same model
         fsdp.checkpoint_activations(model, cfg.activation_checkpointing)
         old = with_logps(model, pairs, cfg)
