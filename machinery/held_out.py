@@ -103,16 +103,18 @@ class HeldOut:
 
     def forget_others(self, folder):
         """Called once the training state is safe: until then a stopped run may resume before the newest best."""
-        self.remove(folder, {f"best_{self.best()}"} if self.looks else set())
-
-    def remove(self, folder, but=frozenset()):
-        if rank() == 0:
-            for name in os.listdir(folder):
-                if name.startswith("best_") and name not in but:
-                    shutil.rmtree(os.path.join(folder, name))
+        remove_best(folder, {f"best_{self.best()}"} if self.looks else set())
 
     def take_best(self, folder, model, start):
         """Give the model its best weights; start: the checkpoint of pi_t."""
         if not (self.pairs and self.cfg.patience) or self.best() == max(self.looks):
             return
         fsdp.read_slices(model, os.path.join(folder, f"best_{self.best()}") if self.best() else start)
+
+
+def remove_best(folder, but=frozenset()):
+    """An iteration's best_STEP folders, but for those named."""
+    if rank() == 0:
+        for name in os.listdir(folder):
+            if name.startswith("best_") and name not in but:
+                shutil.rmtree(os.path.join(folder, name))

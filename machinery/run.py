@@ -20,7 +20,7 @@ import torch
 from machinery import files, fsdp, plan, watch
 from machinery.data import shares
 from machinery.files import BadInput, iteration_folder, kept_policies, policy_folder
-from machinery.held_out import HeldOut
+from machinery.held_out import HeldOut, remove_best
 from machinery.logps import old_logps
 from machinery.meter import describe
 from machinery.pairs import read_pairs
@@ -169,6 +169,7 @@ class Run:
             barrier()
         elif done:
             fsdp.read_slices(self.model, kept[done])
+            remove_best(iteration_folder(cfg.out, done))  # of a run that was stopped once its policy was written
             fsdp.remove_training(iteration_folder(cfg.out, done))
             fsdp.remove_training(cfg.out)
         return done
@@ -400,8 +401,9 @@ class Run:
         return self.held_out.over()
 
     def finish(self):
-        """The end of an iteration: its policy, with --patience that of the best look, is kept. Of setting two's thousands only every policy_every-th and the last
-        is, the training state of every checkpoint_steps-th replaces the one before, and other iterations leave no file."""
+        """The end of an iteration: its policy, with --patience that of the best look, is kept. Of setting two's thousands
+        only every policy_every-th and the last is, the training state of every checkpoint_steps-th replaces the one
+        before, and other iterations leave no file."""
         cfg, last = self.cfg, self.t == self.cfg.iterations
         self.clock.finished("regress", time.monotonic() - self.start)
         if rank() == 0:
@@ -413,7 +415,7 @@ class Run:
         self.held_out.take_best(self.folder, self.model, self.checkpoint_of(self.t - 1))
         if keep:
             fsdp.save_policy(policy_folder(cfg.out, self.t), self.model, cfg.policy)
-            self.held_out.remove(self.folder)
+            remove_best(self.folder)
         fsdp.remove_training(self.folder)
         if cfg.one_training and last:
             fsdp.remove_training(cfg.out)

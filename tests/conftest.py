@@ -9,7 +9,16 @@ import torch
 import refuel
 import toy
 from helpers import CHATML, KEY, LLAMA3, NAMES, WORDS, Scripted, llama_config, make_bpe
-from machinery import ranks
+from machinery import page, ranks, watch
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """metrics.png and report.html cost a run a second each, and nobody but test_watch looks at them."""
+    if request.module.__name__ != "test_watch":
+        monkeypatch.setattr(watch, "draw", lambda out: None)
+        monkeypatch.setattr(page, "write", lambda folder: folder)
+
 
 @pytest.fixture(scope="session")
 def tokenizers():

@@ -1,8 +1,9 @@
-"""python tests/kills.py kill|full OUT FLAGS: run refuel.py into OUT; the same command is started again until it ends.
+"""python tests/kills.py kill|full|none OUT FLAGS: run refuel.py into OUT; the same command is started again until it ends.
 
 kill: each attempt is a process that dies by SIGKILL just before a rename (the file is there under its temporary name
 only), the next one just after it; so too within and after a line of the log. full: each attempt meets a full disk at a kind of file that no attempt has met before:
-the kernel takes no byte more, whatever library writes. Prints the number of attempts that did not end."""
+the kernel takes no byte more, whatever library writes. none: nothing happens. Any of them holds out pairs of few.
+Prints the number of attempts that did not end."""
 import json
 import os
 import re
@@ -21,8 +22,9 @@ import torch.distributed.tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM  # noqa: F401
 
 import evaluate  # noqa: F401
-from machinery import files, page, watch
+from machinery import files, held_out, page, watch
 import refuel
+from simulator import prepare
 
 
 def attempt(how, argv, seen):
@@ -31,6 +33,7 @@ def attempt(how, argv, seen):
     if child:
         return os.waitpid(child, 0)[1]
     watch.draw, page.write = lambda out: None, lambda folder: None  # pictures, a second each, that nobody reads back
+    held_out.FEWEST = 2
     rename, writing, append = os.replace, files.writing, files.append_line
     before = set(open(seen).read().split("\n"))
 
@@ -73,7 +76,7 @@ def attempt(how, argv, seen):
 
     if how == "kill":
         os.replace, files.append_line = replace, half_a_line
-    else:
+    if how == "full":
         files.writing, files.append_line = no_room, no_line
     try:
         refuel.main(argv)
@@ -84,9 +87,10 @@ def attempt(how, argv, seen):
 
 
 if __name__ == "__main__":
-    how, out, flags = arguments(__doc__, how=dict(choices=["kill", "full"]), out={}, flags=dict(nargs=REST))
+    how, out, flags = arguments(__doc__, how=dict(choices=["kill", "full", "none"]), out={}, flags=dict(nargs=REST))
     seen, stops = f"{out}.seen", 0
     open(seen, "w").close()
+    prepare(refuel.read_config(["--out", out, *flags]))  # prompts and template are read once, not by each attempt
     expected = signal.SIGKILL if how == "kill" else 2 << 8
     while (status := attempt(how, ["--out", out, *flags], seen)) == expected and stops < len(open(seen).readlines()):
         stops += 1

@@ -289,7 +289,7 @@ def test_a_runs_folder_given_as_a_policy_names_its_last_policy(finished):
         files.find_checkpoint(finished)
 
 
-@pytest.mark.parametrize("name", ["a [b]", "a*b?", "x=y", "it's \"q\"", "ünï", " two  spaces "])
+@pytest.mark.parametrize("name", ["a [b]*? x=y", " it's  \"q\" ünï "])
 def test_paths_may_hold_any_character(name, base, tmp_path, capsys):
     policy, out = tmp_path / name / "policy", tmp_path / name / "run"
     shutil.copytree(base, policy)
