@@ -23,12 +23,12 @@ import torch.nn.functional as F
 
 import evaluate
 import refuel
-from machinery import files, page, plan, watch
+from machinery import files, page, plan, watch, worlds
 from machinery.files import BadInput, iteration_folder, policy_folder
 from machinery.ranks import barrier, one_line, rank, start_processes, world
 from machinery.report import footer, markdown, methods_figure, methods_table, whole_dialogues
 from machinery.run import open_folder
-from machinery.settings import did_you_mean, is_hh, read_config
+from machinery.settings import check, did_you_mean, is_hh, read_config, typed
 from refuel import from_the_start, refuel_loss
 from simulator import hybrid_prompts, load_cast, made_of, offline_prompts, prepare, train_prompts
 
@@ -150,12 +150,6 @@ def train(method, cfg, cast=None):
 # Table 1
 # ---------------------------------------------------------------------------------------------------------------
 
-# Each row's own best of three values, found with the same budget on validation customers (docs/baselines.md)
-BEST = {"toy": {
-    "rebel-lt-offline": {"eta": 10.0}, "dpo-lt-offline": {"beta": 0.3}, "dpo-lt-online": {"beta": 0.3},
-    "dpo-mt-mixed": {"beta": 0.03},
-}}  # fmt: skip
-SNAPSHOTS = {"toy": 32}  # steps between the points of Figure 2
 PAPER = {  # Table 1: h = 1..5, average
     "dpo-lt-offline": (51.2, 46.8, 42.6, 41.4, 46.8, 45.76),
     "dpo-lt-mixed": (56.2, 51.0, 51.6, 50.6, 48.8, 51.64),
@@ -179,10 +173,17 @@ DIFFERENCES = [("refuel", "rebel-mt-mixed"), ("rebel-lt-online", "rebel-lt-mixed
 
 
 def method_config(method, cfg, given=frozenset()):
-    """The run of one method: its folder, and its own best values but for those given on the command line."""
-    own = {"snapshot_steps": SNAPSHOTS.get(cfg.setting, 0)} | BEST.get(cfg.setting, {}).get(method, {})
+    """The run of one method: its folder, and the values that the world's file has for it (BASELINES), but for those given
+    on the command line."""
+    rows = worlds.baselines(cfg.dataset)
+    for row in rows:
+        if row != "all" and row not in METHODS:
+            raise BadInput(f"--dataset {cfg.dataset}: BASELINES has the row {row}, which is none{did_you_mean(row, METHODS)}")
+    own = typed(rows.get("all", {}) | rows.get(method, {}), f"--dataset {cfg.dataset}", "BASELINES")
     free = {name: value for name, value in own.items() if name not in given}
-    return replace(cfg, out=os.path.join(cfg.out, method), **free)
+    mine = replace(cfg, out=os.path.join(cfg.out, method), **free)
+    check(mine, world())
+    return mine
 
 
 def published(method, cfg, columns):

@@ -283,6 +283,15 @@ def with_labels(rows, tokenizer):
 
 User, reward = Customer, Reward()
 DEFAULTS = SETTINGS["toy"]
+# Each row's own best value, found with one budget on validation customers, and the steps between two points of Figure 2
+# (docs/baselines.md)
+BASELINES = {
+    "all": {"snapshot_steps": 32},
+    "rebel-lt-offline": {"eta": 10.0},
+    "dpo-lt-offline": {"beta": 0.3},
+    "dpo-lt-online": {"beta": 0.3},
+    "dpo-mt-mixed": {"beta": 0.03},
+}
 CLOSED = True  # its customers know nothing of other openings, and its reward is 0 wherever they lead
 
 

@@ -289,18 +289,23 @@ def world_values(file):
     if worlds.world_file(file) is None:
         raise BadInput(f"--world {file}: a Python file, FILE.py, is due (docs/world.md)")
     stem = os.path.splitext(os.path.basename(worlds.world_file(file)))[0]
-    own = worlds.defaults(file)
-    types = {f.name: f.type for f in fields(Config)}
-    for name, value in own.items():
-        if name not in types or name == "setting":
-            raise BadInput(f"--world {file}: DEFAULTS has {name!r}, which is no field of Config{did_you_mean(str(name), types)}")
-        good = isinstance(value, types[name]) or (types[name] is float and isinstance(value, int))
-        if not good or isinstance(value, bool):
-            raise BadInput(f"--world {file}: {name} must be a {types[name].__name__}, not {value!r}")
-        own[name] = types[name](value)
+    own = typed(worlds.defaults(file), f"--world {file}", "DEFAULTS")
     if "policy" in own:
         own = {"reference": own["policy"]} | own
     return {"user": file, "reward": file, "dataset": file, "out": os.path.join("runs", stem)} | own
+
+
+def typed(values, flag, where):
+    """Values of Config that a file has under the name `where`, in their fields' types."""
+    types, found = {f.name: f.type for f in fields(Config)}, {}
+    for name, value in values.items():
+        if name not in types or name == "setting":
+            raise BadInput(f"{flag}: {where} has {name!r}, which is no field of Config{did_you_mean(str(name), types)}")
+        good = isinstance(value, types[name]) or (types[name] is float and isinstance(value, int))
+        if not good or isinstance(value, bool):
+            raise BadInput(f"{flag}: {name} must be a {types[name].__name__}, not {value!r}")
+        found[name] = types[name](value)
+    return found
 
 
 def is_hh(name):

@@ -6,6 +6,7 @@
     SYSTEM, DEFAULTS    a system prompt; values of Config instead of the setting's
     build_policy()      the folder of a policy of its own, made at its first use; SHAPE: that policy's, for --plan
     load_logs()         conversations of others, a sequence of data.Logged, for the offline baselines
+    BASELINES           values of Config for single rows of baselines.py, and for "all" of them
     CLOSED              True where its user and its reward make sense of its own prompts only
 
 A file has what it is named for: --world all of the first three, --user, --reward, --dataset one each, --policy
@@ -176,6 +177,16 @@ def defaults(name, flag="--world"):
     if not isinstance(more, dict):
         raise BadInput(f"{flag} {name}: DEFAULTS must be a dict of values of Config, not a {type(more).__name__}")
     return found | more
+
+
+def baselines(name):
+    """What the file that --dataset names says of the rows of baselines.py: {row or "all": {field: value}}."""
+    if not world_file(name):
+        return {}
+    found = getattr(load_world(name, "--dataset"), "BASELINES", {})
+    if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
+        raise BadInput(f"--dataset {name}: BASELINES must be a dict of dicts, {{row or \"all\": {{field: value}}}}")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
-"""Each row's constants, chosen on validation customers: one iteration for each value, all on the same pairs.
+"""Each row's constants, chosen on validation customers: a whole training, all its iterations, for each value.
 
     python tests/grid.py --setting toy --engine transformers --seed 100 --eval-dialogues 500 --out runs/grid
 
-A row has a grid of its own unit, the same number of values: eta for Eq. 1, beta for DPO; RLOO has none. Pairs and ln pi_t
-of a first iteration do not depend on a loss, so those of one kind of data are collected once and copied. Writes grid.json
-and grid.md: average win rate against the base policy, its interval, the held-out loss's best step.
+A row has a grid of its own unit, the same number of values: eta for Eq. 1, beta for DPO, the learning rate for RLOO,
+which has no other constant. Pairs and ln pi_t of the first iteration do not depend on a loss, so those of one kind of
+data are collected once and copied. Writes grid.json and grid.md: average win rate against the base policy, its interval,
+KL, and in each iteration the step of the held-out loss's best look.
 """
 import sys
 
@@ -18,7 +19,7 @@ from dataclasses import replace
 
 import baselines
 import evaluate
-from machinery import files
+from machinery import files, worlds
 from machinery.files import policy_folder
 from machinery.ranks import one_line, start_processes
 from machinery.report import markdown
@@ -26,7 +27,7 @@ from machinery.run import open_folder
 from machinery.settings import read_config
 from simulator import load_cast, made_of, prepare
 
-GRID = {"rebel": ("eta", (10.0, 30.0, 100.0)), "dpo": ("beta", (0.03, 0.1, 0.3)), "rloo": ("lr", (1e-4,))}
+GRID = {"rebel": ("eta", (10.0, 30.0, 100.0)), "dpo": ("beta", (0.03, 0.1, 0.3)), "rloo": ("lr", (3e-5, 1e-4, 3e-4))}
 EPOCHS = (1, 2, 4)
 
 
@@ -34,26 +35,39 @@ def kind(method):
     return "refuel" if method == "refuel" else method.split("-", 1)[1]
 
 
-def rows(methods, vary):
-    """[(name of the run, method, values)]: a row's own constants, or (vary epochs) epochs at its best ones."""
+def rows(methods, vary, only, best):
+    """[(name of the run, method, values)]: a row's own constants, or (vary epochs) epochs at its best ones.
+
+    only: other values than the grid's; best: the world's BASELINES."""
     found = []
     for method in methods:
         loss = "rebel" if method.startswith("refuel") else method.split("-")[0]
         name, values = GRID[loss] if vary == "constants" else ("epochs", EPOCHS)
-        best = baselines.BEST["toy"].get(method, {}) if vary == "epochs" else {}
-        found += [(f"{method}.{name}_{value:g}", method, best | {name: value}) for value in values]
+        own = best.get(method, {}) if vary == "epochs" else {}
+        for value in only or values:
+            found.append((f"{method}.{name}_{value:g}", method, own | {name: value}))
     return found
+
+
+def best_look(log, t):
+    """(the step of iteration t's least held-out loss, the last step)."""
+    looks = {}
+    for row in log:
+        if "held_out_loss" in row and row["iteration"] == t:
+            looks[row["step"] + 1] = row["held_out_loss"]
+    return min(looks, key=looks.get), max(looks)
 
 
 def main():
     with one_line("tests/grid.py"):
         cfg, extra = read_config(None, __doc__, method=dict(default="rebel,dpo,refuel"),
-                                 vary=dict(default="constants", choices=("constants", "epochs")))  # fmt: skip
+                                 vary=dict(default="constants", choices=("constants", "epochs")),
+                                 values=dict(default=[], type=float, nargs="*"))  # fmt: skip
         start_processes()
-        cfg = prepare(replace(cfg, iterations=1, eval_split="validation"))
+        cfg = prepare(replace(cfg, eval_split="validation"))
         open_folder(cfg, made_of)
-        cast, policies, values_of = load_cast(cfg), {}, {}
-        for name, method, values in rows(baselines.choose(extra["method"]), extra["vary"]):
+        cast, policies, values_of, own = load_cast(cfg), {}, {}, worlds.baselines(cfg.dataset)
+        for name, method, values in rows(baselines.choose(extra["method"]), extra["vary"], extra["values"], own):
             mine = replace(cfg, out=os.path.join(cfg.out, name), **values)
             open_folder(mine, made_of)
             pairs = os.path.join(cfg.out, f"pairs_{kind(method)}")
@@ -62,17 +76,17 @@ def main():
             cast = baselines.train(method, mine, cast)
             if not os.path.isdir(pairs):
                 shutil.copytree(os.path.join(mine.out, "iter_1"), pairs, ignore=shutil.ignore_patterns("policy", "best_*"))
-            policies[name], values_of[name] = policy_folder(mine.out, 1), values
-        results, _ = evaluate.evaluate(policies, cfg.out, *cast, cfg, kl=False)
+            policies[name], values_of[name] = policy_folder(mine.out, cfg.iterations), values
+        results, _ = evaluate.evaluate(policies, cfg.out, *cast, cfg)
         table = []
         for name, values in values_of.items():
             log = files.read_lines(os.path.join(cfg.out, name, "metrics.jsonl"))
-            looks = {row["step"] + 1: row["held_out_loss"] for row in log if "held_out_loss" in row}
-            steps = min(looks, key=looks.get)
-            row = results[name] | {"values": values, "best_look": steps, "last_step": max(looks)}
+            best = [best_look(log, t) for t in range(1, cfg.iterations + 1)]
+            row = results[name] | {"values": values, "best_looks": best}
             results[name] = row
-            table.append([name, f"{row['avg']:.1f} [{row['avg_low']:.1f}, {row['avg_high']:.1f}]", f"{steps} of {max(looks)}"])
-        text = "\n".join(markdown(["row and value", "average win rate, %", "best look after"], table))
+            shown = f"{row['avg']:.1f} [{row['avg_low']:.1f}, {row['avg_high']:.1f}]"
+            table.append([name, shown, f"{row['kl']:.1f}", ", ".join(f"{step} of {last}" for step, last in best)])
+        text = "\n".join(markdown(["row and value", "average win rate, %", "KL", "best look, by iteration"], table))
         files.write_file(os.path.join(cfg.out, "grid.md"), text + "\n")
         files.write_file(os.path.join(cfg.out, "grid.json"), json.dumps(results, indent=1))
         print(text, flush=True)

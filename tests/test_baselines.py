@@ -233,11 +233,22 @@ def own_config(flags):
 
 
 def test_a_rows_own_best_values_stand_back_behind_what_was_given_on_the_command_line(monkeypatch):
-    monkeypatch.setattr(baselines, "BEST", {"toy": {"dpo-lt-online": {"beta": 0.7}}})
+    monkeypatch.setattr(toy, "BASELINES", {"all": {"snapshot_steps": 32}, "dpo-lt-online": {"beta": 0.7}})
     assert own_config("").beta == 0.7 and own_config("").snapshot_steps == 32
     for flags in ("--beta 0.1", "--beta 0.2"):  # the setting's own default, given, is given
         assert own_config(flags).beta == float(flags.split()[1])
     assert own_config("--snapshot-steps 0").snapshot_steps == 0
+
+
+@pytest.mark.parametrize("rows, words", [
+    ({"dpo-lt-onlin": {"beta": 0.7}}, "did you mean dpo-lt-online"), ({"dpo-lt-online": {"bta": 0.7}}, "did you mean beta"),
+    ({"all": {"beta": "0.7"}}, "must be a float"), ({"dpo-lt-online": {"beta": -1.0}}, "--beta must be positive"),
+    ({"dpo-lt-online": 0.7}, "must be a dict of dicts"), (["dpo-lt-online"], "must be a dict of dicts"),
+])  # fmt: skip
+def test_a_worlds_values_for_the_rows_are_checked_where_they_enter(rows, words, monkeypatch):
+    monkeypatch.setattr(toy, "BASELINES", rows)
+    with pytest.raises(files.BadInput, match=words):
+        own_config("")
 
 
 def test_an_out_that_was_given_is_taken_even_if_it_is_the_settings_own(base, monkeypatch, tmp_path):
