@@ -54,9 +54,9 @@ def test_a_command_parses(page, command, tmp_path, monkeypatch):
 def test_the_readme_has_the_two_commands_of_a_fresh_machine():
     installs = [line for line in README.splitlines() if "pip install -r requirements.txt &&" in line]
     assert len(COMMANDS) >= 20 and len(installs) == 2
-    assert "refuel.py --setting toy" in installs[0] and "pytest -q tests" in installs[1]
+    assert "refuel.py --setting toy" in installs[0] and "pytest -q -n 2 --dist loadfile tests" in installs[1]
     ci = open(os.path.join(ROOT, ".ci", "run")).read()
-    assert "python -m pytest -q tests" in ci and "pip install -q -r requirements.txt" in ci
+    assert "python -m pytest -q -n 2 --dist loadfile tests" in ci and "pip install -q -r requirements.txt" in ci
 
 
 def test_the_readme_is_read_in_one_sitting_and_shows_the_algorithm_first():
