@@ -128,6 +128,21 @@ def law(max_turns, kind="paper"):
     return (max_turns + 1) / 2, (max_turns + 3) / 4
 
 
+def in_flight(max_turns, kind="paper"):
+    """Of one prompt, on average, if all go in step: the most dialogues at once, and the most turns that they have; one
+    dialogue up to turn h, two from there to turn H."""
+    dialogues, turns = [], []
+    for turn in range(1, max_turns + 1):
+        now = 0
+        for H in range(turn, max_turns + 1):
+            for h in range(1, H + 1):
+                chance = 2 / (max_turns * (max_turns + 1)) if kind == "uniform" else 1 / (max_turns * H)
+                now += chance * (2 if h <= turn else 1)
+        dialogues.append(now)
+        turns.append(now * turn)
+    return max(dialogues), max(turns)
+
+
 def tokens(cfg, answer, question, justification):
     """Tokens for one prompt, dropped ones aside. Prefixes are cached: a turn is computed once in each roll-out."""
     H, h = law(cfg.max_turns, cfg.reset_law)
@@ -448,7 +463,10 @@ def show(cfg, x):
         total = sum(row.values())
         cells = [f"{v / GIB:.1f}" for v in (*row.values(), total, x["gpu_memory"] * GIB - total)]
         lines.append(f"| {phase} | " + " | ".join(cells) + " |")
+    most, turns = in_flight(cfg.max_turns, cfg.reset_law)
     lines += ["", "the caches hold " + ", ".join(f"{n:.0f} mean dialogues ({who}'s engine)" for who, n in held.items()),
+              f"--wave {cfg.wave}: both futures counted, at most {cfg.wave * most:.0f} dialogues at once, as long as "
+              f"{cfg.wave * turns / H:.0f} mean dialogues (less by the prefixes that they share)",
               f"models loaded a run: {2 + bool(user) + bool(reward)} (policy's engine, trainer"
               + ", user" * bool(user) + ", reward" * bool(reward) + "); one trainer more for the evaluation's KL",
               f"E[H] = {H:.3g}, E[h] = {h:.3g}; assumed tokens: answer {x['answer_tokens']:g}, question "

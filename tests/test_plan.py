@@ -264,3 +264,12 @@ def test_what_a_paid_user_reads_and_writes_is_counted_request_by_request():
             for answers in [*range(1, last), *range(first, last)]:
                 total += (answers * 14 + plan.INSTRUCTIONS, 7, 1)
         assert plan.asked_of_a_url(replace(cfg, reset_law=law), x) == pytest.approx(total / 20, rel=0.02)
+
+
+@pytest.mark.parametrize("law", ["paper", "uniform"])
+def test_a_waves_dialogues_in_flight_are_those_of_drawn_resets(law):
+    h, H = refuel.sample_resets(200_000, 5, np.random.default_rng(0), law)
+    now = [((H >= turn).astype(int) + ((h <= turn) & (turn <= H))).mean() for turn in range(1, 6)]
+    most, turns = plan.in_flight(5, law)
+    assert most == pytest.approx(max(now), abs=0.01)
+    assert turns == pytest.approx(max(n * turn for turn, n in enumerate(now, 1)), abs=0.02)
