@@ -41,8 +41,8 @@ class HeldOut:
         self.steps = len(batches(len(self.training), cfg.batch_size, cfg.epochs, cfg.seed))
         self.looks = {}
         if self.pairs:
-            self.start = self.measure(np.array([pair.logps for pair in self.pairs]))
-            self.looks[0] = self.start["held_out_loss"]
+            start = self.measure(np.array([pair.logps for pair in self.pairs]))
+            self.looks[0] = start["held_out_loss"]
 
     def measure(self, logps):
         """Of the held-out pairs: the row's own loss, Eq. 1, and how far the log-ratios follow the rewards.

@@ -25,6 +25,7 @@ from machinery.logps import old_logps
 from machinery.meter import describe
 from machinery.pairs import read_pairs
 from machinery.ranks import bar, barrier, beside_bar, dtype, in_waves, on_rank_0, rank, say, world
+from machinery.seams import malformed
 from machinery.settings import SETTINGS, engine_name
 from machinery.template import load_tokenizer
 from machinery.users import check_failures
@@ -201,7 +202,6 @@ class Run:
             return pairs
 
         self.played = 0  # waves, by this process
-        malformed = getattr(speakers.get("reward"), "malformed", None)
         tokens = {name: s.tokens for name, s in speakers.items() if hasattr(s, "tokens")}
         for counter in tokens.values():
             counter.clear()
@@ -210,8 +210,7 @@ class Run:
             dropped, began, sampled = Counter(), time.monotonic(), tokens.get("policy", {}).get("decode", 0)
             pairs = play(rows, np.random.default_rng([cfg.seed, self.t, number]), dropped)
             check_failures(dropped["user"], len(rows), cfg)
-            said = [d for pair in pairs for d in pair.dialogues]
-            broken = [int(sum(malformed(said))), sum(len(d.spans) for d in said)] if malformed else [0, 0]
+            broken = malformed(speakers.get("reward"), [d for pair in pairs for d in pair.dialogues])
             if number == 0 and len(pairs) >= 16 and all(p.rewards[0] == p.rewards[1] for p in pairs):
                 raise BadInput(f"--reward {cfg.reward} gives both conversations of each of {len(pairs)} pairs the same "
                                "number: there is nothing to learn from it")  # fmt: skip

@@ -1,5 +1,6 @@
 """The seams where a user's and a reward's own code enters: what it gives is checked there, once, for everybody."""
 import math
+import numbers
 import os
 import sys
 import traceback
@@ -33,6 +34,19 @@ def score(reward, dialogues):
         if r is not None and not math.isfinite(scores[-1]):
             raise BadInput(f"the --reward of a dialogue is not finite ({r}): {opening(d)}{of(reward)}")
     return scores
+
+
+def malformed(reward, dialogues):
+    """How many answers are malformed, by the reward's own malformed(dialogues), and of how many; (0, 0) if it has none."""
+    function = getattr(reward, "malformed", None)
+    if function is None:
+        return 0, 0
+    counts = of_each(function, dialogues, "--reward's malformed")
+    for d, count in zip(dialogues, counts, strict=True):
+        if not isinstance(count, numbers.Integral) or not 0 <= count <= d.turns:
+            raise BadInput(f"--reward's malformed gave {count!r} for a dialogue of {d.turns} answers, how many of them is due: "
+                           f"{opening(d)}{of(function)}")  # fmt: skip
+    return int(sum(counts)), sum(d.turns for d in dialogues)
 
 
 def of_each(function, dialogues, flag):

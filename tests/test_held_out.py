@@ -35,8 +35,9 @@ def test_what_a_look_measures_by_hand(cfg):
     cfg = replace(cfg, validation=50, eta=4.0)
     held = HeldOut(with_rewards(random_pairs(400)), cfg, lambda a, b, r, eta: (a - b).sum() + eta, 1)
     old, r = (np.array([getattr(p, name) for p in held.pairs]) for name in ("logps", "rewards"))
-    assert held.start["held_out_share"] == 0 and held.start["held_out_loss"] == 4.0
-    assert held.start["held_out_eq1"] == pytest.approx(((r[:, 0] - r[:, 1]) ** 2).mean(), rel=1e-5)
+    start = held.measure(old)
+    assert start["held_out_share"] == 0 and start["held_out_loss"] == held.looks[0] == 4.0
+    assert start["held_out_eq1"] == pytest.approx(((r[:, 0] - r[:, 1]) ** 2).mean(), rel=1e-5)
     share = held.measure(old + 0.3 * cfg.eta * r)
     assert share["held_out_share"] == pytest.approx(0.3, rel=1e-4) and share["held_out_sign_agreement"] == 1
     noise = np.random.default_rng(1).normal(size=old.shape)

@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
+
 
 import numpy as np
 import pytest
@@ -346,6 +348,19 @@ def test_what_a_user_gives_is_checked_where_it_enters(texts, words):
     for word in words:
         assert word in str(stop.value)
     assert seams.ask(Says(["a", None, "c"]), dialogues(3)) == ["a", None, "c"]
+
+
+@pytest.mark.parametrize("counts, words", [
+    (lambda ds: 1 / 0, "--reward's malformed failed at .*ZeroDivisionError"), (lambda ds: [0], "1 values for 2 dialogues"),
+    (lambda ds: [0, 2], "gave 2 for a dialogue of 1 answers"), (lambda ds: [0, -1], "gave -1"), (lambda ds: [0, 0.5], "gave 0.5"),
+    (lambda ds: [None, 0], "gave None"),
+])  # fmt: skip
+def test_what_a_rewards_malformed_gives_is_checked_where_it_enters(counts, words):
+    said = [replace(d, spans=[(0, 1)]) for d in dialogues(2)]
+    with pytest.raises(BadInput, match=words):
+        seams.malformed(SimpleNamespace(malformed=counts), said)
+    counted = SimpleNamespace(malformed=lambda ds: [1, 0])
+    assert seams.malformed(counted, said) == (1, 2) and seams.malformed(None, said) == (0, 0)
 
 
 def test_rewards_are_subtracted_in_float64():
