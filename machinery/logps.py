@@ -194,7 +194,7 @@ def pair_attention(module, query, key, value, attention_mask, lengths=None, scal
     out = []
 
     def attend_to(q_n, n, seen):  # no fused kernel has a mask and shares heads
-        k_t, v_t = (x.repeat_interleave(groups, dim=1) for x in seen)
+        k_t, v_t = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in seen)
         return attend(q_n, k_t, v_t, attn_mask=visible(n, k_t.shape[2], sliding_window, query.device))
 
     for i, (s, y, y2) in enumerate(lengths):

@@ -29,15 +29,18 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
-import refuel  # noqa: E402  (first: it sets what torch reads)
+import evaluate  # noqa: E402  (first: it sets what torch reads)
+import refuel  # noqa: E402
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -753,7 +756,32 @@ def measure_waiting(args):
             ids = [[(a.ids, b.ids) for a, b, _ in talk] for talk in talks.values()]
             assert args.policy or ids[0] == ids[1]  # a scripted user: the same conversations, in the same order
         rows += found.values()
+    rows += [] if args.policy else toy_commands(args, loops)
     return dict(rows=rows, model=os.path.basename(args.policy) if args.policy else "toy")
+
+
+def toy_commands(args, loops):
+    """The same of whole commands, refuel.py's of the toy with its training and evaluation."""
+    flags = "--setting toy --engine transformers --iterations 1 --num-prompts 512 --epochs 1 --eval-dialogues 250"
+    rollouts = {"turn by turn": turn_by_turn, "each at its own pace": simulator.rollout}
+    found = {loop: dict(what="the toy's whole command", loop=loop, seconds=[], cpu=[], tokens=[], pairs=[]) for loop in loops}
+    simulator.checkpoint("toy")  # the base policy is made once
+    for repeat in range(args.repeats):
+        counted = []
+        for loop in list(loops)[:: 1 - 2 * (repeat % 2)]:
+            start, cpu = time.monotonic(), cpu_seconds()
+            with (tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr),
+                  mock.patch.object(refuel, "futures", loops[loop]),
+                  mock.patch.object(evaluate, "rollout", rollouts[loop])):  # fmt: skip
+                refuel.main([*flags.split(), "--seed", str(args.seed + repeat), "--out", out])
+                row = next(r for r in files.read_lines(os.path.join(out, "metrics.jsonl")) if "P(H)" in r)
+                counted.append(row["pairs"])
+            found[loop]["seconds"].append(time.monotonic() - start)
+            found[loop]["cpu"].append(cpu_seconds() - cpu)
+            found[loop]["tokens"].append(row["tokens"]["policy"])
+            found[loop]["pairs"].append(row["pairs"])
+        assert counted[0] == counted[1]
+    return list(found.values())
 
 
 def waiting_table(found):

@@ -8,7 +8,6 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
-
 import numpy as np
 import pytest
 import torch
