@@ -288,9 +288,16 @@ DEFAULTS = SETTINGS["toy"]
 BASELINES = {
     "all": {"snapshot_steps": 32},
     "rebel-lt-offline": {"eta": 10.0},
-    "dpo-lt-offline": {"beta": 0.3},
-    "dpo-lt-online": {"beta": 0.3},
-    "dpo-mt-mixed": {"beta": 0.03},
+    "rebel-lt-mixed": {"eta": 30.0},
+    "rebel-lt-online": {"eta": 300.0},
+    "dpo-lt-offline": {"beta": 10.0},
+    "dpo-lt-mixed": {"beta": 0.01},
+    "dpo-lt-online": {"beta": 0.01},
+    "dpo-mt-mixed": {"beta": 0.3},
+    "rloo-lt-offline": {"lr": 3e-5},
+    "rloo-lt-online": {"lr": 3e-5},
+    "rloo-mt-mixed": {"lr": 3e-5},
+    "rloo-refuel": {"lr": 3e-5},
 }
 CLOSED = True  # its customers know nothing of other openings, and its reward is 0 wherever they lead
 
