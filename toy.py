@@ -231,25 +231,34 @@ def base_policy(folder, recipe=RECIPE):
         initializer_range=0.1,  # 1 / sqrt(hidden): at the usual 0.02 this width needs five times the steps to copy
     ))  # fmt: skip
     rng = random.Random(recipe["seed"])
+    habits = {k: recipe[k] for k in ("turns", "uses", "remembers", "asks")}
+
+    def batch_of(prompts):
+        rows = []
+        for prompt in prompts:
+            messages = clerk_dialogue(prompt, Customer(), rng, **habits)
+            rows.append(tokenizer.apply_chat_template(messages, return_dict=False))
+        return with_labels(rows, tokenizer)
+
+    imitate(model, tokenizer, recipe, folder, batch_of)
+    torch.set_num_threads(threads)
+    return folder
+
+
+def imitate(model, tokenizer, recipe, folder, batch_of):
+    """Next-token prediction on batch_of(customers) = (ids_BT, labels_BT); model, tokenizer and recipe are kept in the folder."""
     prompts = load_prompts("base", recipe["steps"] * recipe["batch"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], recipe["steps"], pct_start=0.1)
     bar = tqdm(range(recipe["steps"]), desc="base policy", unit="step")
     for step in bar:
-        batch = prompts[step * recipe["batch"] : (step + 1) * recipe["batch"]]
-        habits = {k: recipe[k] for k in ("turns", "uses", "remembers", "asks")}
-        rows = []
-        for prompt in batch:
-            messages = clerk_dialogue(prompt, Customer(), rng, **habits)
-            rows.append(tokenizer.apply_chat_template(messages, return_dict=False))
-        ids_BT, labels_BT = with_labels(rows, tokenizer)
+        ids_BT, labels_BT = batch_of(prompts[step * recipe["batch"] : (step + 1) * recipe["batch"]])
         loss = model(input_ids=ids_BT, labels=labels_BT).loss
         loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
-    torch.set_num_threads(threads)
 
     def write(partial):
         model.save_pretrained(partial)
@@ -258,7 +267,6 @@ def base_policy(folder, recipe=RECIPE):
             json.dump(recipe, file)
 
     write_folder(folder, write)
-    return folder
 
 
 def with_labels(rows, tokenizer):

@@ -14,7 +14,6 @@ and reward, said in sentences. Who speaks of what is toy.py's; here is how they 
 Dimension key: B dialogues, T tokens.
 """
 import functools
-import json
 import os
 import random
 import re
@@ -25,11 +24,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import refuel  # noqa: F401  (first: it sets what torch reads when it is imported)
 
 import torch
-from tqdm import tqdm
 
 import toy
 from machinery.data import Logged
-from machinery.files import BadInput, read_json, write_folder
+from machinery.files import BadInput, read_json
 from machinery.ranks import device
 from machinery.settings import seed_for
 from machinery.template import load_tokenizer
@@ -188,27 +186,8 @@ def base_policy(folder):
 
     tokenizer = load_tokenizer(START)
     model = AutoModelForCausalLM.from_pretrained(START, dtype=torch.float32, trust_remote_code=False).to(device()).train()
-    optimizer = torch.optim.AdamW(model.parameters(), RECIPE["lr"], weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RECIPE["lr"], RECIPE["steps"], pct_start=0.1)
-    people = toy.load_prompts("base", RECIPE["steps"] * RECIPE["batch"])
-    rng, bar = random.Random(RECIPE["seed"]), tqdm(range(RECIPE["steps"]), desc="base policy", unit="step")
-    for step in bar:
-        batch = people[step * RECIPE["batch"] : (step + 1) * RECIPE["batch"]]
-        ids_BT, labels_BT = with_labels([clerk_dialogue(tokenizer, prompt, rng) for prompt in batch])
-        loss = model(input_ids=ids_BT, labels=labels_BT).loss
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-
-    def write(partial):
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        with open(os.path.join(partial, "recipe.json"), "w") as file:
-            json.dump(RECIPE, file)
-
-    write_folder(folder, write)
+    rng = random.Random(RECIPE["seed"])
+    toy.imitate(model, tokenizer, RECIPE, folder, lambda people: with_labels([clerk_dialogue(tokenizer, p, rng) for p in people]))
 
 
 def clerk_dialogue(tokenizer, prompt, rng):

@@ -1,6 +1,7 @@
 """A world in one file: the page's example, what can be wrong with a file, how a user ends a dialogue, and the help."""
 import json
 import os
+import random
 import re
 import runpy
 import sys
@@ -13,6 +14,7 @@ import pytest
 import baselines
 import evaluate
 import refuel
+import shop
 import simulator
 import toy
 from helpers import ROOT, Talker, dialogue, last_number
@@ -305,3 +307,32 @@ def test_a_script_answers_help_and_does_nothing_else(script, tmp_path, monkeypat
         assert stop.value.code == code and os.listdir() == []
         told = capsys.readouterr()
         assert ("usage: " in told.out) == (code == 0) and "Traceback" not in told.err
+
+
+# --- the shop in English -----------------------------------------------------------------------------------------
+
+
+def test_the_english_shop_means_what_the_toy_says():
+    questions = {"", *toy.WISHES}
+    for row, prompt in enumerate(toy.load_prompts("base", 200)):
+        rng = random.Random(row)
+        words = toy.clerk_dialogue(prompt, toy.Customer(insists=row % 2 == 0), rng, 5, uses=0.8, remembers=0.6, asks=0.5)
+        english = []
+        for m in words:
+            say = shop.clerk_says(m["content"]) if m["role"] == "assistant" else shop.customer_says(m["content"], rng)
+            english.append({"role": m["role"], "content": say})
+        back = shop.in_toy_words(english)
+        assert toy.stated(back) == toy.stated(words) and toy.Reward().one_reward(back) == toy.Reward().one_reward(words)
+        for a, b in zip(words[1::2], back[1::2], strict=True):
+            asked = [(toy.QUESTION.search(m["content"]) or ["", ""])[1] for m in (a, b)]
+            assert asked[0] == asked[1] in questions and toy.PROPOSAL.match(b["content"])
+
+
+def test_an_english_answer_that_proposes_nothing_is_malformed_and_may_still_ask():
+    messages = [{"role": "user", "content": "Hi! Do you have something that is a hat?"},
+                {"role": "assistant", "content": "Sure. How about the small red silk hat? Which size would you like?"}]  # fmt: skip
+    assert [m["content"] for m in shop.in_toy_words(messages)] == ["hat", "which size ?"]
+    d = Dialogue(messages=messages, spans=[(0, 1)])
+    assert shop.reward([d]) == [0.0] and shop.reward.malformed([d]) == [1]
+    replies = [shop.User().reply([replace(d, secret={"size": "tiny"}, stream=(row,))])[0] for row in range(20)]
+    assert all("tiny" in text or text in shop.UNSURE for text in replies) and any("tiny" in text for text in replies)
