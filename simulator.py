@@ -23,8 +23,9 @@ import numpy as np
 
 from machinery import data, families, pace, pairs, rewards, rows, users, worlds
 from machinery.engines import load_engine
-from machinery.files import BadInput, check_positions, find_checkpoint, fingerprint, load_config, read_lines, read_sealed, versions
+from machinery.files import BadInput, check_positions, find_checkpoint, fingerprint, load_config, versions
 from machinery.ranks import on_rank_0, one_line, rank, start_processes, told
+from machinery.report import both_futures, show_stored
 from machinery.seams import END, score
 from machinery.settings import Parser, engine_name, read_config, seed_for
 from machinery.template import (check_history, check_vocabulary, checked, encode, end_token, later_ids, load_tokenizer,
@@ -491,49 +492,6 @@ def longest(dialogues, cfg):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def show(first, second, h, scores, tokenizer=None):
-    """Both futures of one state as text: the prefix s_h, what of each is trained, and their rewards; without a tokenizer
-    how many tokens that are, not which."""
-    lines = [f"h = {h} of H = {max(first.turns, second.turns)}, prefix of {len(first.reset(h).ids)} tokens"]
-    for m in first.conversation()[: len(first.conversation()) - len(first.messages) + 2 * h - 1]:
-        lines.append(f"   {m['role']:10s} {m['content']}")
-    for name, d, earned in zip(("y ", "y'"), (first, second), scores, strict=True):
-        ids = d.answer(h)
-        which = f": {tokenizer.convert_ids_to_tokens(ids)}" if tokenizer else ", which are trained"
-        lines.append(f"{name} {len(ids)} sampled tokens{which}")
-        for m in d.messages[2 * h - 1 :]:
-            lines.append(f"   {m['role']:10s} {m['content']}")
-        lines.append("   too long for the reward model" if earned is None else f"   reward {earned:.3f}")
-        lines[-1] += "  (an answer was cut)" if any(d.truncated) else ""
-    return "\n".join(lines)
-
-
-def show_stored(path, number):
-    """The first pairs of a pairs.jsonl, or dialogues of an eval/NAME.jsonl, as text; no model and no tokenizer is needed."""
-    if not os.path.isfile(path):
-        raise BadInput(f"--show: no file at {path}")
-    shown = 0
-    for line, row in enumerate(read_sealed(path) if os.path.exists(f"{path}.sha256") else read_lines(path), 1):
-        try:
-            if "dialogues" in row:
-                first, second = map(Dialogue.from_json, row["dialogues"])
-                text = show(first, second, row["h"], row["rewards"])
-            elif "messages" in row:
-                d = Dialogue.from_json(row)
-                text = "\n".join(f"   {m['role']:10s} {m['content']}" for m in d.conversation())
-                text += "\n   (an answer was cut)" * any(d.truncated) + f"\n   failed: {d.failed}" * bool(d.failed)
-            else:  # the first line of a wave
-                continue
-        except (KeyError, TypeError, ValueError, IndexError):
-            raise BadInput(f"--show: {path}, line {line}, is neither a run's pair nor a dialogue") from None
-        print(f"{path}, line {line}", text, sep="\n", end="\n\n")
-        shown += 1
-        if shown == number:
-            return
-    if not shown:
-        raise BadInput(f"--show: {path} holds no pairs and no dialogues of a run")
-
-
 SHOW = dict(nargs="+", default=["3"], metavar="N [FILE]", help="pairs [3]; of a stored pairs.jsonl or eval/NAME.jsonl, "
             "without any model")  # fmt: skip
 
@@ -560,7 +518,7 @@ def main(argv=None):
     with one_line("simulator.py"):
         file = stored(argv)
         if file:
-            return show_stored(file[1], file[0])
+            return show_stored(file[1], file[0], Dialogue.from_json)
         cfg, extra = read_config(argv, __doc__, show=SHOW)
         start_processes()
         cfg = prepare(replace(cfg, reference=cfg.policy, num_prompts=how_many(extra["show"][0]), eval_dialogues=1))
@@ -575,7 +533,7 @@ def main(argv=None):
         if dropped:
             print(f"of {cfg.num_prompts} prompts these gave no pair: {dict(dropped)}\n")
         for first, second, turn in found:
-            print(show(first, second, turn, score(reward, [first, second]), policy.tokenizer), end="\n\n")
+            print(both_futures(first, second, turn, score(reward, [first, second]), policy.tokenizer), end="\n\n")
 
 
 if __name__ == "__main__":

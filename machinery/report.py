@@ -1,7 +1,8 @@
-"""What a person sees at the end: tables in Markdown, figures, two dialogues side by side.
+"""What a person sees: tables in Markdown, figures, two dialogues side by side, pairs and dialogues as text.
 
 A row of results is evaluate.py's, {name: {"win": [h = 1..H], "low", "high", "avg", ...}}; whole dialogues have one column.
 """
+import os
 import shutil
 import textwrap
 from itertools import zip_longest
@@ -209,3 +210,53 @@ def methods_figure(results, curve, path, order):
         last.legend(frameon=False, fontsize=7)
         axes[1][-1].axis("off")
     save(figure, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Dialogues on the terminal (simulator.py --show)
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def both_futures(first, second, h, scores, tokenizer=None):
+    """Both futures of one state as text: the prefix s_h, what of each is trained, and their rewards; without a tokenizer
+    how many tokens that are, not which."""
+    lines = [f"h = {h} of H = {max(first.turns, second.turns)}, prefix of {len(first.reset(h).ids)} tokens"]
+    for m in first.conversation()[: len(first.conversation()) - len(first.messages) + 2 * h - 1]:
+        lines.append(f"   {m['role']:10s} {m['content']}")
+    for name, d, earned in zip(("y ", "y'"), (first, second), scores, strict=True):
+        ids = d.answer(h)
+        which = f": {tokenizer.convert_ids_to_tokens(ids)}" if tokenizer else ", which are trained"
+        lines.append(f"{name} {len(ids)} sampled tokens{which}")
+        for m in d.messages[2 * h - 1 :]:
+            lines.append(f"   {m['role']:10s} {m['content']}")
+        lines.append("   too long for the reward model" if earned is None else f"   reward {earned:.3f}")
+        lines[-1] += "  (an answer was cut)" if any(d.truncated) else ""
+    return "\n".join(lines)
+
+
+def show_stored(path, number, read):
+    """The first pairs of a pairs.jsonl, or dialogues of an eval/NAME.jsonl, as text; no model and no tokenizer is needed.
+
+    read(row): a dialogue from its line on disk."""
+    if not os.path.isfile(path):
+        raise files.BadInput(f"--show: no file at {path}")
+    shown = 0
+    for line, row in enumerate(files.read_sealed(path) if os.path.exists(f"{path}.sha256") else files.read_lines(path), 1):
+        try:
+            if "dialogues" in row:
+                first, second = map(read, row["dialogues"])
+                text = both_futures(first, second, row["h"], row["rewards"])
+            elif "messages" in row:
+                d = read(row)
+                text = "\n".join(f"   {m['role']:10s} {m['content']}" for m in d.conversation())
+                text += "\n   (an answer was cut)" * any(d.truncated) + f"\n   failed: {d.failed}" * bool(d.failed)
+            else:  # the first line of a wave
+                continue
+        except (KeyError, TypeError, ValueError, IndexError):
+            raise files.BadInput(f"--show: {path}, line {line}, is neither a run's pair nor a dialogue") from None
+        print(f"{path}, line {line}", text, sep="\n", end="\n\n")
+        shown += 1
+        if shown == number:
+            return
+    if not shown:
+        raise files.BadInput(f"--show: {path} holds no pairs and no dialogues of a run")
