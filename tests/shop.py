@@ -2,7 +2,8 @@
 and reward, said in sentences. Who speaks of what is toy.py's; here is how they say it, and the policy to begin with.
 
     python tests/small.py                                             SmolLM2-135M-Instruct, into runs/small/policy
-    python simulator.py --world tests/shop.py --show 3                makes its base policy first: minutes
+    python tests/shop.py                                              its base policy, into runs/shop_base: minutes
+    python simulator.py --world tests/shop.py --show 3
     python baselines.py --world tests/shop.py --method all --out runs/shop
 
     user       Hello, I am looking for something. It should be made of silk.
@@ -211,4 +212,7 @@ def with_labels(dialogues):
 
 
 if __name__ == "__main__":
+    from usage import arguments
+
+    arguments(__doc__)
     print(build_policy())
