@@ -35,6 +35,7 @@ FLAGS = {"baselines.py": dict(method={}), "simulator.py": dict(show=simulator.SH
 @pytest.mark.parametrize("page, command", COMMANDS)
 def test_a_command_parses(page, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").symlink_to(os.path.join(ROOT, "tests"))  # for --world tests/shop.py
     (tmp_path / "tutor.py").write_text(re.findall(r"```python\n(.*?)```", PAGES["docs/world.md"], re.S)[0])
     monkeypatch.setattr(watch, "PACKAGES", dict.fromkeys(watch.PACKAGES, "json"))  # as if both were installed
     if "--nnodes 2" in command:

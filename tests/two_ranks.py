@@ -65,10 +65,10 @@ def results(base, cfg):
     return {name: tensor.clone().contiguous() for name, tensor in found.items()}
 
 
-def compare(base, out, more=()):
-    """Everything above, on this process's ranks."""
+if __name__ == "__main__":
     from safetensors.torch import save_file
 
+    base, out, more = arguments(__doc__, base={}, out={}, flags=dict(nargs=REST))
     flags = f"--setting toy --policy {base} --batch-size 8 --micro-tokens 128 --lr 1e-3 --eta 1 --out {out}"
     flags += " --num-prompts 40 --wave 8 --engine transformers"
     cfg = refuel.read_config([*flags.split(), *more])
@@ -80,7 +80,3 @@ def compare(base, out, more=()):
     if rank() == 0:
         save_file(found, os.path.join(out, f"ranks_{world()}.safetensors"))
     ranks.barrier()
-
-
-if __name__ == "__main__":
-    compare(*arguments(__doc__, base={}, out={}, flags=dict(nargs=REST)))
