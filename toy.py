@@ -291,8 +291,7 @@ def with_labels(rows, tokenizer):
 
 User, reward = Customer, Reward()
 DEFAULTS = SETTINGS["toy"]
-# Each row's own best value, found with one budget on validation customers, and the steps between two points of Figure 2
-# (docs/baselines.md)
+# Each baseline's own best value on validation customers, and the steps between two points of Figure 2 (docs/baselines.md)
 BASELINES = {
     "all": {"snapshot_steps": 32},
     "rebel-lt-offline": {"eta": 10.0},
