@@ -180,6 +180,8 @@ def method_config(method, cfg, given=frozenset()):
         if row != "all" and row not in METHODS:
             raise BadInput(f"--dataset {cfg.dataset}: BASELINES has the row {row}, which is none{did_you_mean(row, METHODS)}")
     own = typed(rows.get("all", {}) | rows.get(method, {}), f"--dataset {cfg.dataset}", "BASELINES")
+    if "out" in own:
+        raise BadInput(f"--dataset {cfg.dataset}: BASELINES has out, but each row has a folder of its own in --out")
     free = {name: value for name, value in own.items() if name not in given}
     mine = replace(cfg, out=os.path.join(cfg.out, method), **free)
     check(mine, world())
