@@ -10,6 +10,7 @@ from functools import partial
 from types import MethodType
 
 import torch
+import torch.nn.attention.varlen  # registers torch_attn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from machinery import families, files
@@ -41,7 +42,7 @@ def load_policy(path, cfg):
     return model
 
 
-PRODUCTS = {torch.ops.aten.mm.default} | {
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.torch_attn._varlen_attn.default} | {
     getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
     for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")}  # fmt: skip
 

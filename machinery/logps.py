@@ -3,7 +3,7 @@
 Dimension key: B pairs, T tokens of packed rows, V vocabulary, D hidden size, N scored tokens, H turns; a leading 2 is the
 pair (y, y').
 """
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -187,6 +187,13 @@ def pair_attention(module, query, key, value, attention_mask, lengths=None, scal
         raise BadInput(f"its attention wants {', '.join(strange)}")
     if lengths is None:
         raise BadInput("its attention is not told the lengths")
+    fits = query.is_cuda and query.dtype == torch.bfloat16 and query.shape[3] <= 128  # flash attention's kernel
+    attend = in_one_call if fits else piece_by_piece
+    return attend(query, key, value, tuple(lengths), scaling, sliding_window), None
+
+
+def piece_by_piece(query, key, value, lengths, scaling, window):
+    """(1, T, heads, head_dim) by a call for each [s, y] and each y'."""
     attend = partial(scaled_dot_product_attention, scale=scaling)
     groups = query.shape[1] // key.shape[1]  # query heads for each key-value head
     pieces = [n for s, y, y2 in lengths for n in (s + y, y2)]
@@ -195,17 +202,50 @@ def pair_attention(module, query, key, value, attention_mask, lengths=None, scal
 
     def attend_to(q_n, n, seen):  # no fused kernel has a mask and shares heads
         k_t, v_t = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in seen)
-        return attend(q_n, k_t, v_t, attn_mask=visible(n, k_t.shape[2], sliding_window, query.device))
+        return attend(q_n, k_t, v_t, attn_mask=visible(n, k_t.shape[2], window, query.device))
 
     for i, (s, y, y2) in enumerate(lengths):
         first, twin = 2 * i, 2 * i + 1
-        if sliding_window and s + y > sliding_window:
+        if window and s + y > window:
             out.append(attend_to(q[first], s + y, (k[first], v[first])))
         else:
             out.append(attend(q[first], k[first], v[first], is_causal=True, enable_gqa=groups > 1))
         if y2:
             out.append(attend_to(q[twin], y2, [torch.cat([x[first][:, :, :s], x[twin]], dim=2) for x in (k, v)]))
-    return torch.cat(out, dim=2).transpose(1, 2), None
+    return torch.cat(out, dim=2).transpose(1, 2)
+
+
+def in_one_call(query, key, value, lengths, scaling, window):
+    """The same by one call of flash attention for all pieces of the row: y' is given the keys and values of its prefix
+    once more, and the kernel's causal mask ends at a piece's last key."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    key_K, ends_q, ends_k, most_q, most_k = pieces(lengths, query.device)
+    q_Thd, k_Thd, v_Thd = (x[0].transpose(0, 1) for x in (query, key, value))
+    return varlen_attn(q_Thd, k_Thd.index_select(0, key_K), v_Thd.index_select(0, key_K), ends_q, ends_k, most_q, most_k,
+                       scale=scaling, window_size=(window - 1 if window else -1, 0), enable_gqa=True)[None]  # fmt: skip
+
+
+@lru_cache(maxsize=2)
+def pieces(lengths, device):
+    """Of the pieces, [s, y] and y' if it has tokens: where the keys lie that each sees (K,), where its queries and its
+    keys end, beginning with 0, and the most queries and keys of one. Kept, since every layer asks.
+
+    >>> pieces(((2, 1, 2),), "cpu")            # tensors as lists
+    [0, 1, 2, 0, 1, 3, 4], [0, 3, 5], [0, 3, 7], 3, 4
+    """
+    keys, queries, seen, start = [], [], [], 0
+    for s, y, y2 in lengths:
+        twin, start = start + s + y, start + s + y + y2
+        keys += range(twin - s - y, twin)
+        queries.append(s + y)
+        seen.append(s + y)
+        if y2:
+            keys += [*range(twin - s - y, twin - y), *range(twin, start)]
+            queries.append(y2)
+            seen.append(s + y2)
+    ends_q, ends_k = (torch.tensor([0, *np.cumsum(n)], dtype=torch.int32, device=device) for n in (queries, seen))
+    return torch.tensor(keys, device=device), ends_q, ends_k, max(queries), max(seen)
 
 
 def visible(n, total, window, device):

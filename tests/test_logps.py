@@ -56,21 +56,44 @@ def test_a_response_is_blind_to_its_twin_and_to_its_neighbours_in_the_row(model)
     assert torch.allclose(pair_logps(model, [pairs[0]]), logp_2B[:, :1], atol=1e-5)
 
 
-def test_attention_of_a_packed_row_equals_dense_attention_under_its_mask():
+def varlen_by_its_docstring(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """torch's varlen_attn, which a CPU has not: of each piece the queries are the last ones of its keys."""
+    out, (left, right) = [], window_size
+    assert right == 0 and enable_gqa and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    for q, k, v in zip(*(x.split(n.diff().tolist()) for x, n in zip((query, key, value), (cu_seq_q, cu_seq_k, cu_seq_k)))):
+        assert len(q) <= max_q and len(k) <= max_k
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        sees = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        if left >= 0:
+            sees = sees.triu(len(k) - len(q) - left)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        out.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~sees, -torch.inf).softmax(-1), v))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("attend", [logps.piece_by_piece, logps.in_one_call])
+def test_attention_of_a_packed_row_equals_dense_attention_under_its_mask(monkeypatch, attend, window):
     """With fewer key-value heads than query heads, empty responses and gradients; the mask by one rule a token."""
-    lengths, g = [(5, 3, 4), (2, 1, 0), (4, 0, 0), (1, 2, 6)], torch.Generator().manual_seed(0)
+    from torch.nn.attention import varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_by_its_docstring)
+    lengths, g = ((5, 3, 4), (2, 1, 0), (4, 0, 0), (1, 2, 6)), torch.Generator().manual_seed(0)
     owner = [(i, branch) for i, pair in enumerate(lengths) for branch in range(3) for _ in range(pair[branch])]
+    position = [t for s, y, y2 in lengths for t in (*range(s + y), *range(s, s + y2))]
     T = len(owner)
-    sees = torch.tensor([[t <= s and b == a and d in (0, c) for t, (b, d) in enumerate(owner)]
-                         for s, (a, c) in enumerate(owner)])  # fmt: skip
+    sees = torch.tensor([[t <= s and b == a and d in (0, c) and position[s] - position[t] < (window or T)
+                          for t, (b, d) in enumerate(owner)] for s, (a, c) in enumerate(owner)])  # fmt: skip
     q, k, v = (torch.randn(1, heads, T, 16, generator=g).requires_grad_() for heads in (4, 2, 2))
     scores = (q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.3).masked_fill(~sees, -torch.inf)
     dense = (scores.softmax(-1) @ v.repeat_interleave(2, 1)).transpose(1, 2)
-    ours, _ = logps.pair_attention(None, q, k, v, None, lengths, scaling=0.3)
+    ours = attend(q, k, v, lengths, 0.3, window)
     assert torch.allclose(ours, dense, atol=1e-6)
     up = torch.randn(ours.shape, generator=g)
     for a, b in zip(*(torch.autograd.grad(x, (q, k, v), up) for x in (ours, dense))):
         assert torch.allclose(a, b, atol=1e-5)
+    through, _ = logps.pair_attention(None, q, k, v, None, lengths, scaling=0.3, sliding_window=window)
+    assert torch.allclose(through, dense, atol=1e-6)
 
 
 def test_a_model_with_another_attention_is_refused(model):
