@@ -348,11 +348,7 @@ def writing(path):
 
 
 def sync(path):
-    """A file, or a folder and all files in it, on the disk."""
-    if os.path.isdir(path):
-        for name in os.listdir(path):
-            if os.path.isfile(os.path.join(path, name)):
-                sync(os.path.join(path, name))
+    """A file, or the names in a folder, on the disk. (Not its files: another rank may be giving one its name.)"""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -425,5 +421,6 @@ def write_folder(path, fill):
         shutil.rmtree(partial, ignore_errors=True)
         os.makedirs(partial)
         fill(partial)
-        sync(partial)
+        for name in os.listdir(partial):
+            sync(os.path.join(partial, name))
         shutil.rmtree(path, ignore_errors=True)

@@ -157,7 +157,15 @@ def test_an_error_in_a_thread_stops_the_run_and_ends_what_the_others_ask(serve):
     assert time.monotonic() - begun < 5 and not asking() and len(server.requests) == 7
 
 
-def test_ctrl_c_ends_the_threads(serve):
+@pytest.fixture
+def listening():
+    """To SIGINT, which a suite that a shell has started in its background would not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_the_threads(serve, listening):
     main = threading.main_thread().ident
     server = serve(lambda prompt, n: signal.pthread_kill(main, signal.SIGINT) if n == 8 else None)  # nothing is answered
     begun = time.monotonic()

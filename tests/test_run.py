@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -455,3 +456,15 @@ def test_generation_settings_that_make_no_sense_are_one_line(content, base, cfg,
     (start / "generation_config.json").write_text(content)
     with pytest.raises(BadInput, match="generation_config.json"):
         simulator.prepare(replace(cfg, policy=str(start)))
+
+
+def test_ranks_that_write_into_one_folder_at_once_do_not_meet(tmp_path):
+    """Each wave is a file beside those of other ranks, which come and go under temporary names meanwhile."""
+
+    def write(rank):
+        for number in range(rank, 1000, 2):
+            files.write_sealed(str(tmp_path / f"{number:05d}.jsonl"), [{"rank": rank}])
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(write, range(2)))
+    assert len(os.listdir(tmp_path)) == 2000
