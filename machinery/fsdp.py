@@ -10,7 +10,6 @@ from functools import partial
 from types import MethodType
 
 import torch
-import torch.nn.attention.varlen  # registers torch_attn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from machinery import families, files
@@ -42,7 +41,7 @@ def load_policy(path, cfg):
     return model
 
 
-PRODUCTS = {torch.ops.aten.mm.default, torch.ops.torch_attn._varlen_attn.default} | {
+PRODUCTS = {torch.ops.aten.mm.default} | {
     getattr(torch.ops.aten, f"_scaled_dot_product_{kind}").default
     for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")}  # fmt: skip
 
@@ -53,7 +52,8 @@ def checkpoint_activations(model, kind):
     kept, and its forward runs again: the least memory, and up to a third more FLOPs."""
 
     def keep_products(_, op, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if op in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+        product = op in PRODUCTS or getattr(op, "namespace", "") == "torch_attn"  # whose import would take two seconds
+        return CheckpointPolicy.MUST_SAVE if product else CheckpointPolicy.PREFER_RECOMPUTE
 
     kept = {"context_fn": partial(create_selective_checkpoint_contexts, keep_products)} if kind == "selective" else {}
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False} | kept)
