@@ -240,19 +240,19 @@ def base_policy(folder, recipe=RECIPE):
             rows.append(tokenizer.apply_chat_template(messages, return_dict=False))
         return with_labels(rows, tokenizer)
 
-    imitate(model, tokenizer, recipe, folder, batch_of)
+    imitate(model, tokenizer, recipe, folder, load_prompts("base", recipe["steps"] * recipe["batch"]), batch_of)
     torch.set_num_threads(threads)
     return folder
 
 
-def imitate(model, tokenizer, recipe, folder, batch_of):
-    """Next-token prediction on batch_of(customers) = (ids_BT, labels_BT); model, tokenizer and recipe are kept in the folder."""
-    prompts = load_prompts("base", recipe["steps"] * recipe["batch"])
+def imitate(model, tokenizer, recipe, folder, examples, batch_of):
+    """Next-token prediction on batch_of(some examples) = (ids_BT, labels_BT), each once; model, tokenizer and recipe are
+    kept in the folder."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], recipe["steps"], pct_start=0.1)
     bar = tqdm(range(recipe["steps"]), desc="base policy", unit="step")
     for step in bar:
-        ids_BT, labels_BT = batch_of(prompts[step * recipe["batch"] : (step + 1) * recipe["batch"]])
+        ids_BT, labels_BT = batch_of(examples[step * recipe["batch"] : (step + 1) * recipe["batch"]])
         loss = model(input_ids=ids_BT, labels=labels_BT).loss
         loss.backward()
         optimizer.step()

