@@ -2,7 +2,8 @@
 
     python tests/seeds.py results/toy/seed_0.json results/toy/seed_1.json --figure results/toy/figure.png
 
-Reads the results.json of as many runs of baselines.py that differ in --seed alone. An interval over dialogues holds one
+Reads the results.json of as many runs of baselines.py that differ in --seed alone; a folder stands for the rows of one
+seed that were run side by side, each in a folder of its own in it. An interval over dialogues holds one
 policy's luck with customers; the spread over seeds holds pairs, order and customers as well. Of two or three
 seeds the standard deviation itself is hardly known, so each seed's number is printed.
 """
@@ -10,6 +11,7 @@ import sys
 
 sys.path.insert(0, ".")
 import argparse
+import glob
 import json
 import os
 
@@ -18,6 +20,21 @@ import numpy as np
 from machinery import files
 from machinery.ranks import one_line
 from machinery.report import markdown, methods_figure
+
+
+def results(path):
+    """{row: its results} of a results.json, or of all FOLDER/*/results.json, whose base policies must have played alike."""
+    if not os.path.isdir(path):
+        return files.read_json(path)
+    found = {}
+    for place in sorted(glob.glob(os.path.join(glob.escape(path), "*", "results.json"))):
+        row = files.read_json(place)
+        if found and row["base"]["reward"] != found["base"]["reward"]:
+            raise files.BadInput(f"{place}: its base policy has other rewards than the first row's: other customers?")
+        found |= row
+    if not found:
+        raise files.BadInput(f"{path}: no results.json in the folders in it")
+    return found
 
 
 def merged(runs):
@@ -57,7 +74,7 @@ def main():
     parser.add_argument("--curve", help="curve.json of one run, for Figure 2")
     flags = parser.parse_args()
     with one_line("tests/seeds.py"):
-        rows = merged([files.read_json(path) for path in flags.files])
+        rows = merged([results(path) for path in flags.files])
         print(table(rows))
         if flags.figure:
             curve = json.load(open(flags.curve)) if flags.curve else {}
