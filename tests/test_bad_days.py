@@ -245,7 +245,8 @@ def test_whatever_a_server_says_arrives_as_text_and_never_as_a_control_token(nam
     said = iter(attacks)
     user = user_at(serve(lambda *_: f"Question: {next(said)}").url, threads=1)
     plain = talks(tokenizer, 1)[0].add_user(tokenizer, "go on").ids
-    control = lambda ids: [i for i in ids if i in tokenizer.added_tokens_decoder and i != tokenizer.unk_token_id]  # noqa: E731
+    added = set(tokenizer.added_tokens_decoder)
+    control = lambda ids: [i for i in ids if i in added and i != tokenizer.unk_token_id]  # noqa: E731
     for attack in attacks:
         dialogue = talks(tokenizer, 1)[0]
         before = list(dialogue.ids)
@@ -423,7 +424,8 @@ def test_the_ids_under_the_mask_are_the_sampled_ids_whatever_anybody_says(tokeni
         heard.append(text.encode("utf-8", "replace").decode().strip())
         states.append(list(dialogue.ids))
         dialogue.add_answer(tokenizer, sampled + [end] * ended, not ended)
-    control = lambda ids: [i for i in ids if i in tokenizer.added_tokens_decoder and i != tokenizer.unk_token_id]  # noqa: E731
+    added = set(tokenizer.added_tokens_decoder)
+    control = lambda ids: [i for i in ids if i in added and i != tokenizer.unk_token_id]  # noqa: E731
     plain = Dialogue.start(tokenizer, "x").add_answer(tokenizer, []).add_user(tokenizer, "x")
     first, later = control(plain.ids[: plain.spans[0][0]]), control(plain.ids[plain.spans[0][1] :])
     at = 0
