@@ -84,7 +84,7 @@ class HeldOut:
         found = self.measure(old_logps(model, self.pairs, self.cfg).numpy())
         model.train()
         self.looks[step + 1] = found["held_out_loss"]
-        return found
+        return found | {"held_out_start": self.looks[0]}
 
     def best(self):
         """The steps after which the held-out loss was least; the first of equal ones."""

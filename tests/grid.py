@@ -50,11 +50,11 @@ def rows(methods, vary, only, best):
 
 
 def best_look(log, t):
-    """(the step of iteration t's least held-out loss, the last step)."""
+    """(the step of iteration t's least held-out loss, 0 where pi_t was kept; the last step)."""
     looks = {}
     for row in log:
         if "held_out_loss" in row and row["iteration"] == t:
-            looks[row["step"] + 1] = row["held_out_loss"]
+            looks |= {0: row["held_out_start"], row["step"] + 1: row["held_out_loss"]}
     return min(looks, key=looks.get), max(looks)
 
 

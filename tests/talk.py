@@ -55,16 +55,20 @@ def beginning(roles, said, answer):
 
 
 def conversations():
-    """(talks of two turns or more, brief ones of one turn or more from the other conversations)."""
+    """(talks of two turns or more, what was said up to each brief answer in other conversations)."""
     talks, brief = [], []
     for name, roles, said in small.share_gpt():
-        talk, short = beginning(roles, said, ANSWER), beginning(roles, said, BRIEF)
+        talk = beginning(roles, said, ANSWER)
         if name.endswith("_0") and len(talk) >= 4:
             talks.append(talk)
-        elif short and sum(map(len, short)) <= MOST:
-            brief.append(short)
+            continue
+        start = roles[:1] != ["human"]  # a later part of a conversation may begin with an answer
+        whole = beginning(roles[start:], said[start:], MOST)
+        for end in range(2, len(whole) + 1, 2):
+            if len(whole[end - 1]) <= BRIEF and sum(map(len, whole[:end])) <= MOST:
+                brief.append(whole[:end])
     used = {talk[0] for talk in talks}  # a first question is on one side alone
-    return talks, [short for short in brief if short[0] not in used]
+    return talks, [said for said in brief if said[0] not in used]
 
 
 def save_policy(folder, brief):
@@ -72,8 +76,11 @@ def save_policy(folder, brief):
     model = AutoModelForCausalLM.from_pretrained(START, dtype=torch.float32, trust_remote_code=False).to(device()).train()
     recipe = RECIPE | dict(start="SmolLM2-135M-Instruct", steps=len(brief) // RECIPE["batch"])
 
-    def batch_of(talks):
-        return shop.with_labels([replay(tokenizer, Logged(said[::2], said[1:-1:2], said[-1], said[-1])) for said in talks])
+    def batch_of(few):
+        dialogues = [replay(tokenizer, Logged(said[::2], said[1:-1:2], said[-1], said[-1])) for said in few]
+        for dialogue in dialogues:
+            dialogue.spans = dialogue.spans[-1:]  # those before it may be long
+        return shop.with_labels(dialogues)
 
     toy.imitate(model, tokenizer, recipe, folder, random.Random(RECIPE["seed"]).sample(brief, len(brief)), batch_of)
 
@@ -84,7 +91,7 @@ def main(out):
             raise BadInput(f"no {START}: python tests/small.py makes it")
         os.makedirs(out, exist_ok=True)
         talks, brief = conversations()
-        print(f"{len(talks)} talks of two turns or more; {len(brief)} brief conversations to imitate and to fit the reward to")
+        print(f"{len(talks)} talks of two turns or more; {len(brief)} brief answers to imitate and to fit the reward to")
         small.write_data(out, talks)
         policy, reward = os.path.join(out, "policy"), os.path.join(out, "reward")
         if not os.path.isdir(policy):
