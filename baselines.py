@@ -172,6 +172,11 @@ DIFFERENCES = [("refuel", "rebel-mt-mixed"), ("rebel-lt-online", "rebel-lt-mixed
                ("dpo-refuel", "dpo-mt-mixed"), ("dpo-refuel", "refuel")]  # fmt: skip
 
 
+# What a row's training alone reads: the cast and the evaluation are the same for all rows.
+OWN = set("""num_prompts hybrid reset_law max_dialogue eta beta gamma penalty train_layers lr warmup weight_decay batch_size
+             epochs validation patience micro_tokens activation_checkpointing checkpoint_steps snapshot_steps""".split())
+
+
 def method_config(method, cfg, given=frozenset()):
     """The run of one method: its folder, and the values that the world's file has for it (BASELINES), but for those given
     on the command line."""
@@ -180,8 +185,10 @@ def method_config(method, cfg, given=frozenset()):
         if row != "all" and row not in METHODS:
             raise BadInput(f"--dataset {cfg.dataset}: BASELINES has the row {row}, which is none{did_you_mean(row, METHODS)}")
     own = typed(rows.get("all", {}) | rows.get(method, {}), f"--dataset {cfg.dataset}", "BASELINES")
-    if "out" in own:
-        raise BadInput(f"--dataset {cfg.dataset}: BASELINES has out, but each row has a folder of its own in --out")
+    shared = sorted(own.keys() - OWN)
+    if shared:
+        raise BadInput(f"--dataset {cfg.dataset}: BASELINES has {shared[0]}, but all rows share one engine, user, reward and "
+                       f"evaluation: a row can have its own {', '.join(sorted(OWN))}")  # fmt: skip
     free = {name: value for name, value in own.items() if name not in given}
     mine = replace(cfg, out=os.path.join(cfg.out, method), **free)
     check(mine, world())

@@ -415,7 +415,7 @@ def named(arguments):
         if outside.is_outside(path):
             policies[name] = path
             continue
-        kept = files.kept_policies(path)
+        kept = on_rank_0(lambda path=path: files.kept_policies(path))  # of a run in progress each rank might see another last
         policies[name] = files.find_checkpoint(kept[max(kept)] if kept else path)
     return policies
 
@@ -444,7 +444,8 @@ def load_judge(flags, cfg, count):
         if not model:
             raise BadInput("--judge URL needs --judge-model NAME")
         room = (flags["judge_context"] or context_of(model) or math.inf) - judge_tokens
-        return LLMJudge(Server(name, model, max_tokens=judge_tokens, whole=True), model, folder, wording, room, count)
+        ask = Server(name, model, max_tokens=judge_tokens, whole=True)
+        return LLMJudge(ask, f"{name}#{model}", folder, wording, room, count)
     path = files.find_checkpoint(name)
     return LLMJudge(LocalJudge(path, cfg, judge_tokens), files.fingerprint(path), folder, wording)
 

@@ -366,6 +366,7 @@ def made_of(cfg):
             found[f"content of --{name}"] = fingerprint(find_checkpoint(path))
     if worlds.world_file(cfg.dataset):
         found["prompts of --dataset"] = worlds.prompts_hash(cfg.dataset)
+        found["content of --dataset"] = worlds.fingerprint(cfg.dataset)  # load_logs is in it
     else:
         found["content of --dataset"] = data.fingerprint(cfg)
     if cfg.pairs:
@@ -374,15 +375,17 @@ def made_of(cfg):
 
 
 def first_prompts(cfg, split, tokenizer):
-    """The first prompts, as texts, of a split: train, test, or validation: the last training prompts, --eval-dialogues or
-    a fifth of them, which a run that is evaluated on them (--eval-split validation) does not train on."""
+    """The first prompts, as texts, of a split: train, test, held back: the last fifth of the training prompts, on which no
+    run with --eval-split validation trains; or validation: --eval-dialogues of them."""
     if split == "test" or cfg.eval_split == "test":
         return all_prompts(cfg, split, tokenizer)
     prompts = all_prompts(cfg, "train", tokenizer)
-    first = len(prompts) - min(cfg.eval_dialogues, len(prompts) // 5)
+    first = len(prompts) - len(prompts) // 5
     while 0 < first and prompts[first - 1].text == prompts[first].text:  # one opening is on one side
         first -= 1
-    return prompts[first:] if split == "validation" else prompts[:first]
+    if split == "train":
+        return prompts[:first]
+    return prompts[first:] if split == "held back" else prompts[first:][-cfg.eval_dialogues :]
 
 
 def all_prompts(cfg, split, tokenizer):
@@ -451,8 +454,8 @@ def offline_prompts(cfg, tokenizer, t, twice=False):
         raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(logs)} dialogues to roll in by")
     rows = data.draw("offline", len(logs), cfg, t)
     if cfg.eval_split == "validation" and not found:
-        judged = {p.text for p in first_prompts(cfg, "validation", tokenizer)}
-        rows = [row for row in rows if logs[row].questions[0] not in judged]
+        held = {p.text for p in first_prompts(cfg, "held back", tokenizer)}
+        rows = [row for row in rows if logs[row].questions[0] not in held]
     return Made(lambda i: replay(tokenizer, logs[i], twice, cfg.system), rows)
 
 

@@ -16,6 +16,8 @@ what becomes of them as tokens is simulator.py's.
 """
 import machinery  # noqa: F401  (first: it sets what torch reads when it is imported)
 
+import contextlib
+import fcntl
 import functools
 import json
 import os
@@ -202,10 +204,19 @@ SHAPE = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_att
 
 def build_policy():
     """The base policy in FOLDER, trained unless it is there by this very recipe."""
-    path = os.path.join(FOLDER, "recipe.json")
-    if not os.path.exists(path) or read_json(path) != RECIPE:
-        base_policy(FOLDER)
-    return FOLDER
+    return built(FOLDER, RECIPE, base_policy)
+
+
+def built(folder, recipe, build):
+    """The folder, in which build(folder) has left a policy by this recipe; of several processes one builds it."""
+    os.makedirs(os.path.dirname(folder), exist_ok=True)
+    path = os.path.join(folder, "recipe.json")
+    with open(f"{folder}.lock", "w") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.exists(path) or read_json(path) != recipe:
+            build(folder)
+    return folder
 
 
 def base_policy(folder, recipe=RECIPE):

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -205,8 +206,9 @@ def check_duplicates(path):
 def digest(file, size, changed):
     """A file's hash, computed once for each state of the file."""
     real = os.path.realpath(file)
-    if os.path.basename(os.path.dirname(real)) == "blobs":  # the hub's cache: a blob is named by its content
-        return os.path.basename(real)
+    folder, name = os.path.split(real)
+    if os.path.basename(folder) == "blobs" and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", name):
+        return name  # the hub's cache: a blob is named by its content
     with open(file, "rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 

@@ -203,7 +203,11 @@ class LLMJudge:
                            "are kept: run the same command again to resume")  # fmt: skip
         barrier()
         known = self.kept()
-        return {p: known[self.key(p)] for p in prompts if self.key(p) in known}
+        found = {p: known[self.key(p)] for p in prompts if self.key(p) in known}
+        if len(prompts) - len(found) > FAILURES * len(prompts):  # else they would be ties
+            raise BadInput(f"{self.folder} has {len(found)} of the {len(prompts)} replies that were written there: is it one "
+                           "folder for all nodes?")  # fmt: skip
+        return found
 
     def key(self, prompt):
         return hashlib.blake2b(f"{self.model}\0{prompt}".encode("utf-8", "replace"), digest_size=16).hexdigest()
@@ -211,7 +215,7 @@ class LLMJudge:
     def kept(self):
         """{key: reply} of the folder; a line that was cut by a kill does not count."""
         known = {}
-        for path in glob.glob(os.path.join(self.folder, "*.jsonl")):
+        for path in glob.glob(os.path.join(glob.escape(self.folder), "*.jsonl")):
             with open(path, encoding="utf-8", errors="replace") as file:
                 for line in file:
                     try:

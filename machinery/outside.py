@@ -89,7 +89,7 @@ def server(path, cfg):
 
 
 def how(cfg):
-    return dict(threads=256, temperature=cfg.temperature, max_tokens=cfg.max_new_tokens)
+    return dict(threads=256, temperature=cfg.eval_temperature or cfg.temperature, max_tokens=cfg.max_new_tokens)
 
 
 def load(path, cfg):

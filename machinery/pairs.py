@@ -129,6 +129,6 @@ def own(row, tokenizer):
         turns = [len(d["spans"]) for d in both]
     except (KeyError, IndexError, TypeError, ValueError):
         raise Wrong("dialogues", f"are not two conversations with an answer {h}") from None
-    if pieces != [row["prefix"], row["prefix"], row["y"], row["y2"]] or turns != [row.get("H")] * 2 or len(row["rewards"]) != 2:
+    if pieces != [row["prefix"], row["prefix"], row["y"], row["y2"]] or max(turns) != row.get("H") or len(row["rewards"]) != 2:
         raise Wrong("dialogues", "are not those of prefix, y, y2, rewards, h and H")
     return row

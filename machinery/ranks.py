@@ -168,7 +168,7 @@ def in_waves(path, items, size, work, desc):
     Ranks take turns at the waves and leave each on disk; a wave that is there is not played again. The folder must be
     one that all ranks see."""
     parts, starts = f"{path}.parts", range(0, len(items), size)
-    if not os.path.exists(path):
+    if not on_rank_0(lambda: os.path.exists(path)):  # what follows, all ranks do or none
         os.makedirs(parts, exist_ok=True)
         names = [os.path.join(parts, f"{number:05d}.jsonl") for number in range(len(starts))]
         for number in bar(range(rank(), len(starts), world()), desc, unit="wave"):

@@ -179,7 +179,10 @@ def shared(reward):
     known = {}
 
     def scores(dialogues):
-        keys = [(repr(d.secret), *(m["content"] for m in d.conversation())) for d in dialogues]  # a world's may know it
+        keys = []
+        for d in dialogues:  # all that a world's reward may look at
+            seen = d.secret, d.stream, d.ids, d.spans, d.truncated
+            keys.append((repr(seen), *(m["content"] for m in d.conversation())))
         new = {key: d for key, d in zip(keys, dialogues) if key not in known}
         mine = slice(rank(), None, world())
         score_N = torch.zeros(len(new), dtype=torch.float64)

@@ -202,6 +202,7 @@ class Run:
             return pairs
 
         self.played = 0  # waves, by this process
+        self.spent = (self.row_of(self.t, "collect") or {}).get("seconds", 0)  # on waves, before the run was stopped
         tokens = {name: s.tokens for name, s in speakers.items() if hasattr(s, "tokens")}
         for counter in tokens.values():
             counter.clear()
@@ -232,14 +233,15 @@ class Run:
         if not pairs:
             raise BadInput(f"no pair is left of {len(prompts)} prompts: {dict(dropped)}")
         if rank() == 0:
-            self.report_pairs(pairs, len(prompts), dropped, broken, tokens, round(time.monotonic() - start, 1))
+            seconds = round(self.spent + time.monotonic() - start, 1)
+            self.report_pairs(pairs, len(prompts), dropped, broken, tokens, seconds)
         return pairs
 
     def report_wave(self, number, waves, pairs, dropped, speed, start):
         """A line of metrics.jsonl for each wave of rank 0, before the wave is kept: one that is played again is logged again."""
         seconds = time.monotonic() - start
         row = {"iteration": self.t, "phase": "collect", "wave": number, "pairs": len(pairs), "dropped": dropped,
-               "tokens_per_second": round(speed), "seconds": round(seconds, 1)}  # fmt: skip
+               "tokens_per_second": round(speed), "seconds": round(self.spent + seconds, 1)}  # fmt: skip
         words = f"iteration {self.t}, wave {number + 1} of {waves}: {len(pairs)} pairs"
         if pairs:
             row |= {"reward": float(np.mean([p.rewards for p in pairs])), "truncated": cut_answers(pairs)}
@@ -254,7 +256,8 @@ class Run:
     def report_pairs(self, pairs, prompts, dropped, broken, tokens, seconds):
         if all(p.rewards[0] == p.rewards[1] for p in pairs):
             print(f"iteration {self.t}: in no pair do the two rewards differ; Eq. 1 then keeps the policy as it is", flush=True)
-        if os.path.exists(os.path.join(self.folder, "logps.jsonl")):
+        known = self.row_of(self.t, "collect")
+        if known and "wave" not in known:  # of a run that was stopped later; these seconds are of reading a file
             return
         reward_N = np.mean([p.rewards for p in pairs], axis=1)  # the two of a pair share a prefix: not independent
         row = {"iteration": self.t, "phase": "collect", "pairs": len(pairs), "dropped": dropped,
@@ -288,7 +291,7 @@ class Run:
         """The pairs with ln pi_t of both responses, and ln pi_0 for Eq. 11; from logps.jsonl if the iteration was stopped
         after they had been computed."""
         path = os.path.join(self.folder, "logps.jsonl")
-        if not os.path.exists(path):
+        if not on_rank_0(lambda: os.path.exists(path)):
             start = time.monotonic()
             logps = self.compute_logps(pairs, f"{path}.parts")
             base = logps
@@ -315,7 +318,7 @@ class Run:
         logps = []
         for start in bar(range(0, len(pairs), size), f"iteration {self.t} of {self.cfg.iterations}: ln pi"):
             part = os.path.join(folder, f"{start:08d}.jsonl")
-            if os.path.exists(part):  # or not, on all ranks alike: it is written after all of them have been here
+            if on_rank_0(lambda part=part: os.path.exists(part)):
                 logps += files.read_sealed(part)
                 continue
             new = self.checked_logps(pairs[start : start + size])
@@ -373,6 +376,10 @@ class Run:
         """The step at which the iteration's training resumes."""
         self.start = time.monotonic()
         self.begun = self.held_out.resume(fsdp.load_training(self.folder, self.model, self.optimizer))
+        path = os.path.join(self.cfg.out, "metrics.jsonl")
+        rows = files.read_lines(path, torn=True) if rank() == 0 and self.begun and os.path.exists(path) else []
+        done = [r for r in rows if (r["iteration"], r["phase"]) == (self.t, "regress") and r["step"] < self.begun]
+        self.spent = done[-1]["seconds"] if done else 0  # before the run was stopped
         return self.begun
 
     def after_step(self, step, metrics):
@@ -382,7 +389,8 @@ class Run:
         if looks:
             metrics |= self.held_out.look(self.model, step)
         if rank() == 0:
-            row = {"iteration": self.t, "phase": "regress", "step": step, "seconds": round(time.monotonic() - self.start, 1)}
+            seconds = round(self.spent + time.monotonic() - self.start, 1)
+            row = {"iteration": self.t, "phase": "regress", "step": step, "seconds": seconds}
             for name, value in metrics.items():
                 row[name] = float(f"{value:.6g}") if isinstance(value, float) else value
             log(cfg, row)

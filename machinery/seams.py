@@ -1,4 +1,5 @@
 """The seams where a user's and a reward's own code enters: what it gives is checked there, once, for everybody."""
+import copy
 import math
 import numbers
 import os
@@ -52,12 +53,12 @@ def malformed(reward, dialogues):
 def of_each(function, dialogues, flag):
     """What a user's or a reward's function gives for a batch: as many values as dialogues.
 
-    It is given copies: a function that writes into its dialogues changes nobody else's."""
+    It is given copies, secrets too: a function that writes into its dialogues changes nobody else's."""
     if not dialogues:
         return []
     mistakes = Exception if source(function) else MISTAKES  # an error of a model's own code keeps its traceback
     try:
-        values = function([d.copy() for d in dialogues])
+        values = function([own(d) for d in dialogues])
     except BadInput:
         raise
     except mistakes as error:
@@ -66,6 +67,10 @@ def of_each(function, dialogues, flag):
         given = f"{len(values)} values" if hasattr(values, "__len__") else f"a {type(values).__name__}"
         raise BadInput(f"{flag} gave {given} for {len(dialogues)} dialogues: a list with one for each is due{of(function)}")
     return list(values)
+
+
+def own(dialogue):
+    return dialogue.copy(secret=copy.deepcopy(dialogue.secret))
 
 
 def source(function):
@@ -91,7 +96,7 @@ def culprit(function, dialogues):
     """The first dialogue with which the function fails alone."""
     for d in dialogues:
         try:
-            function([d.copy()])
+            function([own(d)])
         except Exception:
             return opening(d)
     return "with no dialogue alone"

@@ -28,7 +28,7 @@ import torch
 
 import toy
 from machinery.data import Logged
-from machinery.files import BadInput, read_json
+from machinery.files import BadInput
 from machinery.ranks import device
 from machinery.settings import seed_for
 from machinery.template import load_tokenizer
@@ -180,17 +180,14 @@ RECIPE = dict(start="SmolLM2-135M-Instruct", steps=60, batch=8, lr=2e-4, turns=5
 
 def build_policy():
     """SmolLM2, fine-tuned on the clerk's answers; kept in FOLDER."""
-    path = os.path.join(FOLDER, "recipe.json")
-    if not os.path.exists(path) or read_json(path) != RECIPE:
-        if not os.path.isdir(START):
-            raise BadInput(f"no {START}: python tests/small.py makes it")
-        base_policy(FOLDER)
-    return FOLDER
+    return toy.built(FOLDER, RECIPE, base_policy)
 
 
 def base_policy(folder):
     from transformers import AutoModelForCausalLM
 
+    if not os.path.isdir(START):
+        raise BadInput(f"no {START}: python tests/small.py makes it")
     tokenizer = load_tokenizer(START)
     model = AutoModelForCausalLM.from_pretrained(START, dtype=torch.float32, trust_remote_code=False).to(device()).train()
     rng = random.Random(RECIPE["seed"])

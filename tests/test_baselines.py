@@ -243,7 +243,8 @@ def test_a_rows_own_best_values_stand_back_behind_what_was_given_on_the_command_
 @pytest.mark.parametrize("rows, words", [
     ({"dpo-lt-onlin": {"beta": 0.7}}, "did you mean dpo-lt-online"), ({"dpo-lt-online": {"bta": 0.7}}, "did you mean beta"),
     ({"all": {"beta": "0.7"}}, "must be a float"), ({"dpo-lt-online": {"beta": -1.0}}, "--beta must be positive"),
-    ({"all": {"out": "runs/x"}}, "has out, but each row has a folder"), ({"dpo-lt-online": 0.7}, "must be a dict of dicts"), (["dpo-lt-online"], "must be a dict of dicts"),
+    ({"all": {"out": "runs/x"}}, "has out, but all rows share"), ({"refuel": {"eta": 1.0}, "dpo-lt-online": {"reward": "x.py"}}, "has reward, but"),
+    ({"dpo-lt-online": {"max_new_tokens": 4}}, "has max_new_tokens, but all rows share one engine"), ({"dpo-lt-online": 0.7}, "must be a dict of dicts"), (["dpo-lt-online"], "must be a dict of dicts"),
 ])  # fmt: skip
 def test_a_worlds_values_for_the_rows_are_checked_where_they_enter(rows, words, monkeypatch):
     monkeypatch.setattr(toy, "BASELINES", rows)

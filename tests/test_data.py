@@ -645,7 +645,7 @@ def test_more_turns_than_table_5_has_limits_for_act_or_are_refused(read, cfg, tm
         data.load_data(replace(few, dataset=path, max_turns=7), tokenizer)
 
 
-def test_validation_prompts_are_the_last_training_ones_and_nobody_trains_on_them(read, cfg, tmp_path):
+def test_validation_prompts_are_of_the_last_fifth_and_nobody_trains_on_that_however_many_are_played(read, cfg, tmp_path):
     path = str(write(tmp_path / "d.jsonl", [ultra(f"question {i % 60}", *["a", f"{i}?"] * (i > 59)) for i in range(80)]))
     read(path)
     few = replace(cfg, dataset=path, user="http://localhost/v1", user_model="m", max_length=4000, max_dialogue=4000,
@@ -656,10 +656,14 @@ def test_validation_prompts_are_the_last_training_ones_and_nobody_trains_on_them
     judged = openings(simulator.test_prompts(tuned, tokenizer))
     trained = openings(simulator.train_prompts(tuned, tokenizer, 1))
     every = openings(simulator.train_prompts(few, tokenizer, 1))
-    assert len(judged) == 8 and not judged & trained and judged | trained == every  # --num-prompts 0: all of them
+    assert len(judged) == 8 and not judged & trained and judged | trained <= every  # --num-prompts 0: all of them
+    assert len(trained) == len(every) - len(every) // 5
+    fewer = replace(tuned, eval_dialogues=3)
+    assert openings(simulator.train_prompts(fewer, tokenizer, 1)) == trained
+    assert len(openings(simulator.test_prompts(fewer, tokenizer)) & judged) == 3
     assert not judged & openings(simulator.test_prompts(few, tokenizer))
     rolled_in = openings(simulator.offline_prompts(tuned, tokenizer, 1))
-    assert rolled_in and not rolled_in & judged and openings(simulator.offline_prompts(few, tokenizer, 1)) & judged
+    assert rolled_in and rolled_in <= trained and openings(simulator.offline_prompts(few, tokenizer, 1)) & judged
 
 
 def test_hh_text_is_read_as_before():

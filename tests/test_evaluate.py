@@ -459,3 +459,8 @@ def test_bad_input_is_one_line_and_exit_code_2_before_a_model_is_loaded(
         run_main(["--out", str(tmp_path / "out"), *flags.split()], base)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and word in error and "Traceback" not in error
+
+
+def test_a_policy_at_a_server_plays_at_the_evaluations_temperature(cfg):
+    assert outside.server("http://h/v1#m", cfg).options["temperature"] == cfg.temperature
+    assert outside.server("http://h/v1#m", replace(cfg, eval_temperature=0.01)).options["temperature"] == 0.01

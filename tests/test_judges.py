@@ -147,6 +147,17 @@ def test_an_llm_judge_asks_in_both_orders_and_a_flip_is_a_tie(serve, tmp_path):
     assert KEY not in everything_in(tmp_path) + json.dumps(body)
 
 
+def test_a_folder_of_any_name_keeps_its_verdicts_and_replies_that_are_lost_are_no_ties(serve, tmp_path, monkeypatch):
+    """Until 2026-11-26 a folder called [1e-4] made every verdict a tie: what was written there was not found again."""
+    server = serve(fair)
+    assert judge_at(server, tmp_path / "lr[1e-4]")(A, B).tolist() == [1, 0.5, 0, 0.5]
+    assert judge_at(server, tmp_path / "lr[1e-4]")(A, B).tolist() == [1, 0.5, 0, 0.5] and len(server.requests) == 6
+    judge = judge_at(server, tmp_path / "lost")
+    monkeypatch.setattr(judge, "kept", lambda: {})
+    with pytest.raises(BadInput, match="has 0 of the 6 replies that were written there"):
+        judge(A, B)
+
+
 def test_judging_is_symmetric_under_swapping_the_policies_and_costs_no_new_question(serve, tmp_path):
     server = serve(fair)
     judge = judge_at(server, tmp_path)

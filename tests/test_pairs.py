@@ -89,6 +89,19 @@ def test_a_published_row_that_is_wrong_is_named_with_its_column(run, tmp_path, c
         next(found)
 
 
+def test_a_pair_whose_user_ended_one_of_its_dialogues_earlier_is_taken(run, tmp_path):
+    cfg, cast = run
+    line = copy.deepcopy(next(line for line in lines_of(cfg) if line["H"] > line["h"]))
+    end = line["dialogues"][1]["spans"][line["h"] - 1][1]
+    d = line["dialogues"][1]
+    for name in ("spans", "truncated", "logps"):
+        d[name] = d[name][: line["h"]]
+    d["ids"], d["messages"] = d["ids"][:end], d["messages"][: 2 * line["h"]]
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(line) + "\n")
+    (found,) = pairs.read_pairs(replace(cfg, pairs=str(tmp_path / "pairs.jsonl")), cast[0].tokenizer, 99)
+    assert found["H"] == line["H"]
+
+
 @pytest.mark.parametrize("column, change", [
     ("dialogues", lambda line: line["y"].append(7)), ("dialogues", lambda line: line.update(H=9)),
     ("h", lambda line: line.pop("h")), ("rewards", lambda line: line["rewards"].__setitem__(0, "1")),

@@ -468,3 +468,14 @@ def test_ranks_that_write_into_one_folder_at_once_do_not_meet(tmp_path):
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(write, range(2)))
     assert len(os.listdir(tmp_path)) == 2000
+
+
+def test_a_file_in_a_folder_called_blobs_is_hashed_unless_its_name_is_a_hash(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    one, two = tmp_path / "blobs" / "model.safetensors", tmp_path / "blobs" / ("a" * 64)
+    found = []
+    for content in (b"x", b"yy"):
+        one.write_bytes(content)
+        two.write_bytes(content)
+        found.append([files.fingerprint_files([str(path)]) for path in (one, two)])
+    assert found[0][0] != found[1][0] and found[0][1] == found[1][1]

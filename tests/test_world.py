@@ -5,7 +5,9 @@ import random
 import re
 import runpy
 import sys
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -76,7 +78,7 @@ def test_the_pages_example_runs_from_its_two_commands_and_a_changed_reward_is_re
     run(evaluate.main, "--world", file, "--reference", base, "--policy", out, "--judge", "world", "--out", str(tmp_path / "e"))
     run(refuel.main, *train)  # finished: nothing is played again
     (tmp_path / "tutor.py").write_text(TUTOR.replace("/ 1000", "/ 999"))
-    assert "was made with another content of --reward" in refused(capsys, refuel.main, *train)
+    assert "content of --reward" in refused(capsys, refuel.main, *train)
 
 
 def test_the_prompts_are_in_the_hash_and_so_are_modules_beside_the_file(world, tmp_path):
@@ -208,13 +210,14 @@ def worlds_prompt(text):
 
 
 def test_a_function_that_writes_into_its_dialogues_changes_nobody_elses():
-    d = Dialogue.start(Talker().tokenizer, "go on")
+    d = Dialogue.start(Talker().tokenizer, "go on", secret=["one", "two"])
 
     def reward(dialogues):
         dialogues[0].messages.clear()
+        dialogues[0].secret.pop()
         return [1.0]
 
-    assert simulator.score(reward, [d]) == [1.0] and d.messages
+    assert simulator.score(reward, [d]) == [1.0] and d.messages and d.secret == ["one", "two"]
     assert simulator.score(lambda ds: pytest.fail("nothing was to be scored"), []) == []
 
 
@@ -225,6 +228,23 @@ def test_rewards_that_know_a_secret_are_not_shared_between_dialogues_of_equal_te
     assert scores([a, b]) == [1.0, 2.0]
     with pytest.raises(BadInput, match="--reward gave None"):
         rewards.shared(lambda ds: [None for _ in ds])([a])
+    longer = a.copy(ids=[*a.ids, 5], spans=[(start, end + 1) for start, end in a.spans])  # the same words, by more tokens
+    assert rewards.shared(lambda ds: [len(d.ids) for d in ds])([a, longer, a]) == [len(a.ids), len(a.ids) + 1, len(a.ids)]
+
+
+def test_of_processes_that_want_a_base_policy_at_once_one_builds_it(tmp_path):
+    """Two that built it in one folder could leave half of it there, for ever."""
+    folder, built = str(tmp_path / "deep" / "base"), []
+
+    def build(folder):
+        built.append(folder)
+        time.sleep(0.2)
+        os.makedirs(folder)
+        files.write_file(os.path.join(folder, "recipe.json"), '{"steps": 3}')
+
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(lambda _: toy.built(folder, {"steps": 3}, build), range(3))) == [folder] * 3
+    assert built == [folder]
 
 
 class Leaves(Talker):
