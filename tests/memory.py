@@ -1,7 +1,9 @@
-"""python tests/memory.py RANKS: the trainer's peak memory on a CPU against --plan's, for a random Llama of 106 M parameters.
+"""python tests/memory.py RANKS: the trainer's peak memory against --plan's, for a random Llama of 106 M parameters or, on
+GPUs, of 1.2 B.
 
-Each phase's peak of anonymous resident memory beyond what the process had before the model, sampled every 2 ms; the
-largest of all ranks. MALLOC_MMAP_THRESHOLD_ gives freed tensors back at once, so that the peak is what is in use."""
+Each phase's peak beyond what the process had before the model; the largest of all ranks. On a GPU it is the allocator's
+own, on a CPU that of anonymous resident memory, sampled every 2 ms; MALLOC_MMAP_THRESHOLD_ gives freed tensors back at
+once, so that the peak is what is in use."""
 import os
 import subprocess
 import sys
@@ -37,6 +39,22 @@ class Peak(threading.Thread):
         return peak
 
 
+class Allocated:
+    """The same of torch's allocator on this rank's GPU."""
+
+    def now(self):
+        import torch
+
+        return torch.cuda.memory_allocated()
+
+    def read(self):
+        import torch
+
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+
+
 def measure(path, flags):
     from helpers import random_pairs, with_logps
     from machinery import ranks
@@ -50,7 +68,7 @@ def measure(path, flags):
     model = refuel.load_policy(small, cfg)
     refuel.regress(model, refuel.make_optimizer(model, cfg), random_pairs(4), cfg)
     pairs = [p._replace(prefix=[7] * 480, y=[8] * 240, y2=[9] * 240) for p in random_pairs(4)]
-    peak = Peak()
+    peak = Allocated() if torch.cuda.is_available() else Peak()
     before = peak.read()
     model = refuel.load_policy(path, cfg)
     found = {"collect": peak.now()}
@@ -59,19 +77,21 @@ def measure(path, flags):
     found["log-probs"] = peak.read()
     refuel.regress(model, refuel.make_optimizer(model, cfg), pairs, cfg)
     found["train"] = peak.read()
-    row = torch.tensor([found[k] - before for k in found], dtype=torch.float64)
+    row = torch.tensor([found[k] - before for k in found], dtype=torch.float64, device=ranks.device())
     dist.all_reduce(row, dist.ReduceOp.MAX)
     return dict(zip(found, row.tolist())), cfg, ranks.world()
 
 
 def main():
+    import torch
+
     from machinery import plan
     from machinery.ranks import rank
 
     for checkpointing in ("none", "selective", "full"):
         flags = f"--setting toy --batch-size 2 --num-prompts 4 --micro-tokens 2048 --activation-checkpointing {checkpointing}"
         found, cfg, ranks = measure(sys.argv[2], flags)
-        planned = plan.trainer(plan.shape(sys.argv[2]), cfg, ranks, ranks, (960, 480), c=4)
+        planned = plan.trainer(plan.shape(sys.argv[2]), cfg, ranks, ranks, (960, 480), c=2 if torch.cuda.is_available() else 4)
         if rank() == 0:
             for phase, value in found.items():
                 print(f"| {ranks} | {checkpointing} | {phase} | {value / 2**20:.0f} | {planned[phase] / 2**20:.0f} | "
@@ -80,11 +100,15 @@ def main():
 
 if __name__ == "__main__":
     if arguments(__doc__, ranks=dict(type=int), folder=dict(nargs="?", help="of the processes it starts"))[1] is None:
+        import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
         with tempfile.TemporaryDirectory() as folder:
             small = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
             large = dict(vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=12)
+            if torch.cuda.is_available():
+                large = dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+                             num_attention_heads=32, num_key_value_heads=8)  # fmt: skip
             LlamaForCausalLM(LlamaConfig(**large)).save_pretrained(folder)
             LlamaForCausalLM(LlamaConfig(**small)).save_pretrained(os.path.join(folder, "small"))
             print("| ranks | activation checkpointing | phase | measured, MiB | plan, MiB | |\n|---|---|---|---|---|---|")
