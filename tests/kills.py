@@ -1,8 +1,10 @@
-"""python tests/kills.py kill|full|none OUT FLAGS: run refuel.py into OUT; the same command is started again until it ends.
+"""python tests/kills.py kill|full OUT FLAGS: run refuel.py into OUT.undisturbed, then into OUT, where the same command is
+started again until it ends.
 
 kill: each attempt is a process that dies by SIGKILL just before a rename (the file is there under its temporary name
-only), the next one just after it; so too within and after a line of the log. full: each attempt meets a full disk at a kind of file that no attempt has met before:
-the kernel takes no byte more, whatever library writes. none: nothing happens. Any of them holds out pairs of few.
+only), the next one just after it; so too within and after a line of the log. full: each attempt meets a full disk at a
+kind of file that no attempt has met before: the kernel takes no byte more, whatever library writes. Both hold out pairs
+of few.
 Prints the number of attempts that did not end."""
 import json
 import os
@@ -17,6 +19,7 @@ from usage import REST, arguments
 from machinery import ranks  # noqa: F401  (first: it sets what torch reads when it is imported)
 
 import matplotlib.pyplot  # noqa: F401  (imported here so that no attempt has to)
+import torch._dynamo  # noqa: F401  (torch imports it at the first optimiser's step)
 import torch.distributed.fsdp
 import torch.distributed.tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM  # noqa: F401
@@ -87,10 +90,13 @@ def attempt(how, argv, seen):
 
 
 if __name__ == "__main__":
-    how, out, flags = arguments(__doc__, how=dict(choices=["kill", "full", "none"]), out={}, flags=dict(nargs=REST))
+    how, out, flags = arguments(__doc__, how=dict(choices=["kill", "full"]), out={}, flags=dict(nargs=REST))
     seen, stops = f"{out}.seen", 0
     open(seen, "w").close()
     prepare(refuel.read_config(["--out", out, *flags]))  # prompts and template are read once, not by each attempt
+    undisturbed = attempt("none", ["--out", f"{out}.undisturbed", *flags], seen)
+    if undisturbed:
+        sys.exit(os.waitstatus_to_exitcode(undisturbed))
     expected = signal.SIGKILL if how == "kill" else 2 << 8
     while (status := attempt(how, ["--out", out, *flags], seen)) == expected and stops < len(open(seen).readlines()):
         stops += 1
