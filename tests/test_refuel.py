@@ -128,6 +128,13 @@ def test_activation_checkpointing_saves_memory_and_where_it_is_selective_compute
     assert peak[0, "full"] < 0.8 * peak[0, "selective"]
 
 
+def collected_pairs(out, n):
+    """The lines that n ranks have collected, and ln pi of their answers apart: another process may round it otherwise."""
+    lines = files.read_lines(os.path.join(out, f"ranks_{n}", "pairs.jsonl"))
+    logps = [d.pop("logps") for line in lines for d in line.get("dialogues", ())]
+    return lines, np.concatenate(logps)
+
+
 @pytest.fixture(scope="module")
 def on_ranks(base, tmp_path_factory):
     """tests/two_ranks.py's results on one and on two ranks, and plain transformers beside them."""
@@ -139,7 +146,7 @@ def on_ranks(base, tmp_path_factory):
     done = subprocess.run([*command, os.path.join(ROOT, "tests", "two_ranks.py"), base, out],
                           capture_output=True, text=True, timeout=240)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    pairs = [open(os.path.join(out, f"ranks_{n}", "pairs.jsonl")).read() for n in (1, 2)]
+    pairs = [collected_pairs(out, n) for n in (1, 2)]
     return [load_file(os.path.join(out, f"ranks_{n}.safetensors")) | {"pairs": rows} for n, rows in zip((1, 2), pairs)]
 
 
@@ -159,13 +166,16 @@ def on_nodes(base, out, nodes, per_node, *flags):
             agent.kill()
     assert [agent.returncode for agent in agents] == [0] * nodes, texts[0][-3000:]
     ranks = nodes * per_node
-    pairs = open(os.path.join(out, f"ranks_{ranks}", "pairs.jsonl")).read()
-    return load_file(os.path.join(out, f"ranks_{ranks}.safetensors")) | {"pairs": pairs}
+    return load_file(os.path.join(out, f"ranks_{ranks}.safetensors")) | {"pairs": collected_pairs(out, ranks)}
+
+
+def same_pairs(one, two):
+    return one[0] == two[0] and np.allclose(one[1], two[1], atol=1e-5)
 
 
 def test_two_nodes_with_a_copy_of_the_weights_each_equal_one_node_with_two_shards(base, on_ranks, tmp_path):
     found, expected = on_nodes(base, str(tmp_path), 2, 1, "--replicas", "2"), on_ranks[1]
-    assert found.keys() == expected.keys() and found.pop("pairs") == expected["pairs"]
+    assert found.keys() == expected.keys() and same_pairs(found.pop("pairs"), expected["pairs"])
     for name, tensor in found.items():
         near = 0.02 if name.startswith("bfloat16") else 1e-5
         assert (tensor - expected[name]).abs().max() <= near * max(1, expected[name].abs().max()), name
@@ -173,7 +183,7 @@ def test_two_nodes_with_a_copy_of_the_weights_each_equal_one_node_with_two_shard
 
 def test_the_pairs_do_not_depend_on_the_number_of_ranks(on_ranks):
     one, two = on_ranks
-    assert one["pairs"] == two["pairs"] and one["pairs"].count('"prefix"') > 30
+    assert same_pairs(one["pairs"], two["pairs"]) and sum("prefix" in line for line in one["pairs"][0]) > 30
 
 
 def test_one_rank_and_two_equal_plain_rows_with_and_without_checkpointing(on_ranks, model):
