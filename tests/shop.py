@@ -29,7 +29,7 @@ import torch
 import toy
 from machinery.data import Logged
 from machinery.files import BadInput
-from machinery.ranks import device
+from machinery.ranks import device, one_line
 from machinery.settings import seed_for
 from machinery.template import load_tokenizer
 from simulator import replay
@@ -219,4 +219,5 @@ if __name__ == "__main__":
     from usage import arguments
 
     arguments(__doc__)
-    print(build_policy())
+    with one_line("tests/shop.py"):
+        print(build_policy())
