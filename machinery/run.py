@@ -256,6 +256,10 @@ class Run:
     def report_pairs(self, pairs, prompts, dropped, broken, tokens, seconds):
         if all(p.rewards[0] == p.rewards[1] for p in pairs):
             print(f"iteration {self.t}: in no pair do the two rewards differ; Eq. 1 then keeps the policy as it is", flush=True)
+        below = np.mean([reward < self.cfg.penalty for p in pairs for reward in p.rewards])
+        if self.cfg.penalty and below > 0.5:
+            print(f"iteration {self.t}: {below:.0%} of the rewards lie below --penalty {self.cfg.penalty:g}, so that an answer "
+                  "that is cut is better than they are", flush=True)  # fmt: skip
         known = self.row_of(self.t, "collect")
         if known and "wave" not in known:  # of a run that was stopped later; these seconds are of reading a file
             return

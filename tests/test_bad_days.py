@@ -578,6 +578,15 @@ def test_a_collection_whose_rewards_are_all_equal_says_so(cfg, tmp_path, capsys)
     assert "in no pair do the two rewards differ" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("penalty, said", [(4.0, True), (1.0, False), (-4.0, False), (0.0, False)])
+def test_a_penalty_that_most_rewards_lie_below_is_a_prize_and_said_to_be_one(cfg, tmp_path, capsys, penalty, said):
+    pairs = equal_pairs(3)  # rewards of 1
+    cfg = replace(cfg, penalty=penalty)
+    os.makedirs(cfg.out)
+    collected(str(tmp_path / "i"), lambda rows, rng, dropped: pairs, list(range(3)), cfg, 1)
+    assert ("100% of the rewards lie below --penalty 4" in capsys.readouterr().out) == said
+
+
 def test_log_probs_that_are_not_finite_stop_with_their_pair_and_are_not_kept(base, cfg, tmp_path):
     model, pairs = refuel.load_policy(base, cfg), random_pairs(9)
     with torch.no_grad():
