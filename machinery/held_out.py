@@ -10,10 +10,10 @@ import shutil
 import numpy as np
 import torch
 
-from machinery import files, fsdp
+from machinery import fsdp
 from machinery.logps import batches, old_logps
 from machinery.meter import as_tensors
-from machinery.ranks import on_rank_0, rank
+from machinery.ranks import rank
 
 
 FEWEST = 16  # pairs; fewer are not held out
@@ -63,17 +63,11 @@ class HeldOut:
         }
         return {name: float(f"{value.item():.6g}") for name, value in found.items()}
 
-    def resume(self, first_step):
-        """The looks of a training that was stopped, from metrics.jsonl; returns the step at which it resumes."""
-        path = os.path.join(self.cfg.out, "metrics.jsonl")
-
-        def read():
-            rows = files.read_lines(path, torn=True) if first_step and os.path.exists(path) else []
-            mine = [row for row in rows if (row["iteration"], row["phase"]) == (self.t, "regress")]
-            return {row["step"] + 1: row["held_out_loss"] for row in mine if "held_out_loss" in row and row["step"] < first_step}
-
+    def resume(self, first_step, rows):
+        """The looks of a training that was stopped, from its lines of metrics.jsonl before first_step; returns the step at
+        which it resumes."""
         if self.pairs:
-            self.looks |= on_rank_0(read)
+            self.looks |= {row["step"] + 1: row["held_out_loss"] for row in rows if "held_out_loss" in row}
         return self.steps if self.over() else first_step
 
     def due(self, step):

@@ -198,11 +198,13 @@ class Run:
             os.makedirs(self.folder, exist_ok=True)
             pairs = [read(row) for row in read_pairs(cfg, load_tokenizer(cfg.policy), cfg.num_prompts)]
             if rank() == 0:
-                self.report_pairs(pairs, len(pairs), Counter(), [0, 0], {}, round(time.monotonic() - start, 1))
+                self.report_pairs(pairs, len(pairs), Counter(), [0, 0], {}, round(time.monotonic() - start, 1), resumed=True)
             return pairs
 
+        path = os.path.join(self.folder, "pairs.jsonl")
+        resumed = os.path.exists(path) or os.path.exists(f"{path}.parts")
         self.played = 0  # waves, by this process
-        self.spent = (self.row_of(self.t, "collect") or {}).get("seconds", 0)  # on waves, before the run was stopped
+        self.spent = (self.row_of(self.t, "collect") or {}).get("seconds", 0) if resumed else 0  # before the run was stopped
         tokens = {name: s.tokens for name, s in speakers.items() if hasattr(s, "tokens")}
         for counter in tokens.values():
             counter.clear()
@@ -221,7 +223,6 @@ class Run:
                 self.report_wave(number, -(-len(prompts) // cfg.wave), pairs, dropped, speed, start)
             return [{"dropped": dropped, "malformed": broken}, *(pair.to_json() for pair in pairs)]
 
-        path = os.path.join(self.folder, "pairs.jsonl")
         rows = in_waves(path, prompts, cfg.wave, wave, f"iteration {self.t} of {cfg.iterations}: collect")
         pairs, dropped, broken = [], Counter(), np.zeros(2)
         for row in rows:
@@ -234,7 +235,7 @@ class Run:
             raise BadInput(f"no pair is left of {len(prompts)} prompts: {dict(dropped)}")
         if rank() == 0:
             seconds = round(self.spent + time.monotonic() - start, 1)
-            self.report_pairs(pairs, len(prompts), dropped, broken, tokens, seconds)
+            self.report_pairs(pairs, len(prompts), dropped, broken, tokens, seconds, resumed)
         return pairs
 
     def report_wave(self, number, waves, pairs, dropped, speed, start):
@@ -253,15 +254,16 @@ class Run:
         beside_bar(f"reward {row['reward']:.4g}, {left}" if pairs else left)
         watch.redraw(self.cfg.out)
 
-    def report_pairs(self, pairs, prompts, dropped, broken, tokens, seconds):
+    def report_pairs(self, pairs, prompts, dropped, broken, tokens, seconds, resumed):
+        """The collection's line of metrics.jsonl; resumed: an earlier start may have logged it."""
         if all(p.rewards[0] == p.rewards[1] for p in pairs):
             print(f"iteration {self.t}: in no pair do the two rewards differ; Eq. 1 then keeps the policy as it is", flush=True)
         below = np.mean([reward < self.cfg.penalty for p in pairs for reward in p.rewards])
         if self.cfg.penalty and below > 0.5:
             print(f"iteration {self.t}: {below:.0%} of the rewards lie below --penalty {self.cfg.penalty:g}, so that an answer "
                   "that is cut is better than they are", flush=True)  # fmt: skip
-        known = self.row_of(self.t, "collect")
-        if known and "wave" not in known:  # of a run that was stopped later; these seconds are of reading a file
+        known = self.row_of(self.t, "collect") if resumed else None
+        if known and "wave" not in known:  # these seconds are of reading a file
             return
         reward_N = np.mean([p.rewards for p in pairs], axis=1)  # the two of a pair share a prefix: not independent
         row = {"iteration": self.t, "phase": "collect", "pairs": len(pairs), "dropped": dropped,
@@ -285,9 +287,12 @@ class Run:
 
     def row_of(self, t, phase):
         """The last line that metrics.jsonl has of an iteration's phase; None if there is none."""
+        return next(reversed(self.rows_of(t, phase)), None)
+
+    def rows_of(self, t, phase):
         path = os.path.join(self.cfg.out, "metrics.jsonl")
         rows = files.read_lines(path, torn=True) if t and os.path.exists(path) else []
-        return next((row for row in reversed(rows) if (row["iteration"], row["phase"]) == (t, phase)), None)
+        return [row for row in rows if (row["iteration"], row["phase"]) == (t, phase)]
 
     # --- ln pi_t and ln pi_0 -------------------------------------------------------------------------------------
 
@@ -379,11 +384,10 @@ class Run:
     def first_step(self):
         """The step at which the iteration's training resumes."""
         self.start = time.monotonic()
-        self.begun = self.held_out.resume(fsdp.load_training(self.folder, self.model, self.optimizer))
-        path = os.path.join(self.cfg.out, "metrics.jsonl")
-        rows = files.read_lines(path, torn=True) if rank() == 0 and self.begun and os.path.exists(path) else []
-        done = [r for r in rows if (r["iteration"], r["phase"]) == (self.t, "regress") and r["step"] < self.begun]
-        self.spent = done[-1]["seconds"] if done else 0  # before the run was stopped
+        saved = fsdp.load_training(self.folder, self.model, self.optimizer)
+        rows = on_rank_0(lambda: [r for r in self.rows_of(self.t, "regress") if r["step"] < saved]) if saved else []
+        self.spent = rows[-1]["seconds"] if rows else 0  # before the run was stopped
+        self.begun = self.held_out.resume(saved, rows)
         return self.begun
 
     def after_step(self, step, metrics):

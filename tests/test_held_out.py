@@ -117,8 +117,11 @@ def test_resumed_a_training_knows_the_looks_that_it_has_had_and_ends_where_it_ha
 
     run, steps = train()
     assert len(steps) in (2, 4, 6) and run.held_out.over()
+    path = os.path.join(cfg.out, "metrics.jsonl")
+    *rows, last = files.read_lines(path)
+    files.write_lines(path, [*rows, last | {"seconds": 1000.0}])
     again, more = train()
-    assert not more and again.held_out.looks == run.held_out.looks
+    assert not more and again.held_out.looks == run.held_out.looks and again.spent == 1000
     again.held_out.take_best(again.folder, again.model, base)
     run.held_out.take_best(run.folder, run.model, base)
     kept = {name: w.clone() for name, w in fsdp.full_weights(run.model)}

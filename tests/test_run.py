@@ -479,3 +479,33 @@ def test_a_file_in_a_folder_called_blobs_is_hashed_unless_its_name_is_a_hash(tmp
         two.write_bytes(content)
         found.append([files.fingerprint_files([str(path)]) for path in (one, two)])
     assert found[0][0] != found[1][0] and found[0][1] == found[1][1]
+
+
+def test_a_collection_that_an_earlier_start_has_finished_keeps_its_line_and_one_that_it_began_its_seconds(cfg, tmp_path):
+    """Until 2026-11-26 the line was written anew, with the seconds of reading the file."""
+    cfg, path = replace(cfg, wave=2), os.path.join(cfg.out, "metrics.jsonl")
+    os.makedirs(cfg.out)
+    folder = str(tmp_path / "iter_1")
+
+    def play(rows, rng, dropped):
+        if not left:
+            raise KeyboardInterrupt
+        return left.pop(0)
+
+    left = [equal_pairs(2)]
+    with pytest.raises(KeyboardInterrupt):  # in the second wave
+        collected(folder, play, list(range(4)), cfg)
+    (row,) = files.read_lines(path)
+    files.write_lines(path, [row | {"seconds": 1000.0}])
+    left = [equal_pairs(2)]
+    collected(folder, play, list(range(4)), cfg)
+    *waves, whole = files.read_lines(path)
+    assert [w["wave"] for w in waves] == [0, 1] and "wave" not in whole
+    assert waves[1]["seconds"] >= 1000 and whole["seconds"] >= 1000
+    files.write_lines(path, [*waves, whole | {"seconds": 2000.0}])
+    collected(folder, play, list(range(4)), cfg)
+    assert files.read_lines(path)[-1]["seconds"] == 2000
+    shutil.rmtree(folder)  # an update of setting two that is done again: its line is not the old one's
+    left = [equal_pairs(2), equal_pairs(1)]
+    collected(folder, play, list(range(4)), cfg)
+    assert files.read_lines(path)[-1]["seconds"] < 1000 and files.read_lines(path)[-1]["pairs"] == 3

@@ -21,9 +21,6 @@ from machinery.ranks import rank, world
 from machinery.logps import pair_logps
 
 
-COMPUTED = (1.0, "none"), (0.8, "none"), (0.8, "selective"), (1.0, "full")  # temperature, checkpointing
-
-
 def gradients(model, temperature):
     """{logp, grad/NAME: tensor} of a loss of random pairs."""
     model.train()
@@ -44,12 +41,13 @@ def load_in_bfloat16(base, cfg):
 
 
 def results(base, cfg):
-    """{name: tensor}: log-probs and gradients of COMPUTED; trained weights."""
+    """{name: tensor}: log-probs and gradients for both temperatures with each checkpointing; trained weights."""
     found = {}
-    for temperature, checkpointing in COMPUTED:
-        model = refuel.load_policy(base, replace(cfg, activation_checkpointing=checkpointing))
-        for name, tensor in gradients(model, temperature).items():
-            found[f"{temperature}/{checkpointing}/{name}"] = tensor
+    for temperature in (1.0, 0.8):
+        for checkpointing in ("none", "selective", "full"):
+            model = refuel.load_policy(base, replace(cfg, activation_checkpointing=checkpointing))
+            for name, tensor in gradients(model, temperature).items():
+                found[f"{temperature}/{checkpointing}/{name}"] = tensor
     for name, tensor in gradients(load_in_bfloat16(base, cfg), 0.8).items():
         found[f"bfloat16/{name}"] = tensor
     model = refuel.load_policy(base, cfg)
@@ -67,9 +65,10 @@ def results(base, cfg):
     return {name: tensor.clone().contiguous() for name, tensor in found.items()}
 
 
-def run(base, out, more=()):
+if __name__ == "__main__":
     from safetensors.torch import save_file
 
+    base, out, more = arguments(__doc__, base={}, out={}, flags=dict(nargs=REST))
     flags = f"--setting toy --policy {base} --batch-size 8 --micro-tokens 128 --lr 1e-3 --eta 1 --out {out}"
     flags += " --num-prompts 40 --wave 8 --engine transformers"
     cfg = refuel.read_config([*flags.split(), *more])
@@ -81,7 +80,3 @@ def run(base, out, more=()):
     if rank() == 0:
         save_file(found, os.path.join(out, f"ranks_{world()}.safetensors"))
     ranks.barrier()
-
-
-if __name__ == "__main__":
-    run(*arguments(__doc__, base={}, out={}, flags=dict(nargs=REST)))
