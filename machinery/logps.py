@@ -220,18 +220,18 @@ def in_one_call(query, key, value, lengths, scaling, window):
     once more, and the kernel's causal mask ends at a piece's last key."""
     from torch.nn.attention.varlen import varlen_attn
 
-    key_K, ends_q, ends_k, most_q, most_k = pieces(lengths, query.device)
+    key_K, ends_q, ends_k, most_q, most_k = varlen_layout(lengths, query.device)
     q_Thd, k_Thd, v_Thd = (x[0].transpose(0, 1) for x in (query, key, value))
     return varlen_attn(q_Thd, k_Thd.index_select(0, key_K), v_Thd.index_select(0, key_K), ends_q, ends_k, most_q, most_k,
                        scale=scaling, window_size=(window - 1 if window else -1, 0), enable_gqa=True)[None]  # fmt: skip
 
 
 @lru_cache(maxsize=2)
-def pieces(lengths, device):
+def varlen_layout(lengths, device):
     """Of the pieces, [s, y] and y' if it has tokens: where the keys lie that each sees (K,), where its queries and its
     keys end, beginning with 0, and the most queries and keys of one. Kept, since every layer asks.
 
-    >>> pieces(((2, 1, 2),), "cpu")            # tensors as lists
+    >>> varlen_layout(((2, 1, 2),), "cpu")            # tensors as lists
     [0, 1, 2, 0, 1, 3, 4], [0, 3, 5], [0, 3, 7], 3, 4
     """
     keys, queries, seen, start = [], [], [], 0

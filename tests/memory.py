@@ -14,6 +14,10 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
 
+import machinery  # noqa: E402, F401  (first: it sets what torch reads when it is imported)
+
+import torch  # noqa: E402
+
 from usage import arguments  # noqa: E402
 
 
@@ -43,13 +47,9 @@ class Allocated:
     """The same of torch's allocator on this rank's GPU."""
 
     def now(self):
-        import torch
-
         return torch.cuda.memory_allocated()
 
     def read(self):
-        import torch
-
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return peak
@@ -59,7 +59,6 @@ def measure(path, flags):
     from helpers import random_pairs, with_logps
     from machinery import ranks
     import refuel
-    import torch
     import torch.distributed as dist
 
     cfg = refuel.read_config([*flags.split(), "--policy", path])
@@ -83,8 +82,6 @@ def measure(path, flags):
 
 
 def main():
-    import torch
-
     from machinery import plan
     from machinery.ranks import rank
 
@@ -100,7 +97,6 @@ def main():
 
 if __name__ == "__main__":
     if arguments(__doc__, ranks=dict(type=int), folder=dict(nargs="?", help="of the processes it starts"))[1] is None:
-        import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
         with tempfile.TemporaryDirectory() as folder:

@@ -183,13 +183,18 @@ def build_policy():
     return toy.built(FOLDER, RECIPE, base_policy)
 
 
-def base_policy(folder):
+def smollm2():
+    """(its tokenizer, the model to be fine-tuned)."""
     from transformers import AutoModelForCausalLM
 
     if not os.path.isdir(START):
         raise BadInput(f"no {START}: python tests/small.py makes it")
-    tokenizer = load_tokenizer(START)
-    model = AutoModelForCausalLM.from_pretrained(START, dtype=torch.float32, trust_remote_code=False).to(device()).train()
+    model = AutoModelForCausalLM.from_pretrained(START, dtype=torch.float32, trust_remote_code=False)
+    return load_tokenizer(START), model.to(device()).train()
+
+
+def base_policy(folder):
+    tokenizer, model = smollm2()
     rng = random.Random(RECIPE["seed"])
     people = toy.load_prompts("base", RECIPE["steps"] * RECIPE["batch"])
     toy.imitate(model, tokenizer, RECIPE, folder, people, lambda few: with_labels([clerk_dialogue(tokenizer, p, rng) for p in few]))

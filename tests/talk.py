@@ -20,21 +20,15 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import refuel  # noqa: F401  (first: it sets what torch reads when it is imported)
 
-import torch
-from transformers import AutoModelForCausalLM
-
 import shop
 import small
 import toy
 from machinery import files
 from machinery.data import Logged
-from machinery.files import BadInput
-from machinery.ranks import device, one_line
-from machinery.template import load_tokenizer
+from machinery.ranks import one_line
 from simulator import replay
 from usage import arguments
 
-START = os.path.join("runs", "small", "policy")
 QUESTION, ANSWER, BRIEF = 200, 1500, 220  # characters; a brief answer has about 50 tokens
 MOST = 800  # characters of a conversation that is imitated
 RECIPE = dict(batch=8, lr=1e-4, seed=0)  # one pass over the brief answers; other values were not tried
@@ -71,9 +65,7 @@ def conversations():
     return talks, [said for said in brief if said[0] not in used]
 
 
-def save_policy(folder, brief):
-    tokenizer = load_tokenizer(START)
-    model = AutoModelForCausalLM.from_pretrained(START, dtype=torch.float32, trust_remote_code=False).to(device()).train()
+def save_policy(folder, brief, tokenizer, model):
     recipe = RECIPE | dict(start="SmolLM2-135M-Instruct", steps=len(brief) // RECIPE["batch"])
 
     def batch_of(few):
@@ -87,16 +79,15 @@ def save_policy(folder, brief):
 
 def main(out):
     with one_line("tests/talk.py"):
-        if not os.path.isdir(START):
-            raise BadInput(f"no {START}: python tests/small.py makes it")
+        smollm2 = shop.smollm2()
         os.makedirs(out, exist_ok=True)
         talks, brief = conversations()
         print(f"{len(talks)} talks of two turns or more; {len(brief)} brief answers to imitate and to fit the reward to")
         small.write_data(out, talks)
         policy, reward = os.path.join(out, "policy"), os.path.join(out, "reward")
         if not os.path.isdir(policy):
-            save_policy(policy, brief)
-        files.write_folder(reward, lambda path: small.save_reward(path, START, brief, most=1200))
+            save_policy(policy, brief, *smollm2)
+        files.write_folder(reward, lambda path: small.save_reward(path, shop.START, brief, most=1200))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from machinery import logps
 from machinery.run import shares
 import refuel
 import toy
-import two_ranks
 from refuel import collect, pair_logps, refuel_loss, regress, sample_resets
 from simulator import Dialogue
 
@@ -128,25 +127,18 @@ def test_activation_checkpointing_saves_memory_and_where_it_is_selective_compute
     assert peak[0, "full"] < 0.8 * peak[0, "selective"]
 
 
-def collected_pairs(out, n):
-    """The lines that n ranks have collected, and ln pi of their answers apart: another process may round it otherwise."""
-    lines = files.read_lines(os.path.join(out, f"ranks_{n}", "pairs.jsonl"))
-    logps = [d.pop("logps") for line in lines for d in line.get("dialogues", ())]
-    return lines, np.concatenate(logps)
-
-
 @pytest.fixture(scope="module")
 def on_ranks(base, tmp_path_factory):
     """tests/two_ranks.py's results on one and on two ranks, and plain transformers beside them."""
     from safetensors.torch import load_file
 
     out = str(tmp_path_factory.mktemp("ranks"))
-    two_ranks.run(base, out)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
-    done = subprocess.run([*command, os.path.join(ROOT, "tests", "two_ranks.py"), base, out],
-                          capture_output=True, text=True, timeout=240)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    pairs = [collected_pairs(out, n) for n in (1, 2)]
+    for n in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_port", "0"]
+        done = subprocess.run([*command, "--standalone", os.path.join(ROOT, "tests", "two_ranks.py"), base, out],
+                              capture_output=True, text=True, timeout=240)  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    pairs = [open(os.path.join(out, f"ranks_{n}", "pairs.jsonl")).read() for n in (1, 2)]
     return [load_file(os.path.join(out, f"ranks_{n}.safetensors")) | {"pairs": rows} for n, rows in zip((1, 2), pairs)]
 
 
@@ -166,16 +158,13 @@ def on_nodes(base, out, nodes, per_node, *flags):
             agent.kill()
     assert [agent.returncode for agent in agents] == [0] * nodes, texts[0][-3000:]
     ranks = nodes * per_node
-    return load_file(os.path.join(out, f"ranks_{ranks}.safetensors")) | {"pairs": collected_pairs(out, ranks)}
-
-
-def same_pairs(one, two):
-    return one[0] == two[0] and np.allclose(one[1], two[1], atol=1e-5)
+    pairs = open(os.path.join(out, f"ranks_{ranks}", "pairs.jsonl")).read()
+    return load_file(os.path.join(out, f"ranks_{ranks}.safetensors")) | {"pairs": pairs}
 
 
 def test_two_nodes_with_a_copy_of_the_weights_each_equal_one_node_with_two_shards(base, on_ranks, tmp_path):
     found, expected = on_nodes(base, str(tmp_path), 2, 1, "--replicas", "2"), on_ranks[1]
-    assert found.keys() == expected.keys() and same_pairs(found.pop("pairs"), expected["pairs"])
+    assert found.keys() == expected.keys() and found.pop("pairs") == expected["pairs"]
     for name, tensor in found.items():
         near = 0.02 if name.startswith("bfloat16") else 1e-5
         assert (tensor - expected[name]).abs().max() <= near * max(1, expected[name].abs().max()), name
@@ -183,20 +172,21 @@ def test_two_nodes_with_a_copy_of_the_weights_each_equal_one_node_with_two_shard
 
 def test_the_pairs_do_not_depend_on_the_number_of_ranks(on_ranks):
     one, two = on_ranks
-    assert same_pairs(one["pairs"], two["pairs"]) and sum("prefix" in line for line in one["pairs"][0]) > 30
+    assert one["pairs"] == two["pairs"] and one["pairs"].count('"prefix"') > 30
 
 
 def test_one_rank_and_two_equal_plain_rows_with_and_without_checkpointing(on_ranks, model):
     pairs = random_pairs(9)
     for found in on_ranks:
-        for temperature, checkpointing in two_ranks.COMPUTED:
+        for temperature in (1.0, 0.8):
             logp_2B = row_logps(model, pairs, temperature)
             model.zero_grad()
             (logp_2B * (1 + logp_2B.detach().sin())).sum().backward()
-            key = f"{temperature}/{checkpointing}"
-            assert torch.allclose(found[f"{key}/logp"], logp_2B, atol=1e-5)
-            for name, p in model.named_parameters():
-                assert (found[f"{key}/grad/{name}"] - p.grad).abs().max() <= 1e-5 * max(1, p.grad.abs().max())
+            for checkpointing in ("none", "selective", "full"):
+                key = f"{temperature}/{checkpointing}"
+                assert torch.allclose(found[f"{key}/logp"], logp_2B, atol=1e-5)
+                for name, p in model.named_parameters():
+                    assert (found[f"{key}/grad/{name}"] - p.grad).abs().max() <= 1e-5 * max(1, p.grad.abs().max())
 
 
 def test_bfloat16_on_two_ranks_has_the_gradients_of_float32(on_ranks):

@@ -78,7 +78,8 @@ def test_the_pages_example_runs_from_its_two_commands_and_a_changed_reward_is_re
     run(evaluate.main, "--world", file, "--reference", base, "--policy", out, "--judge", "world", "--out", str(tmp_path / "e"))
     run(refuel.main, *train)  # finished: nothing is played again
     (tmp_path / "tutor.py").write_text(TUTOR.replace("/ 1000", "/ 999"))
-    assert "content of --reward" in refused(capsys, refuel.main, *train)
+    error = refused(capsys, refuel.main, *train)
+    assert "was made with another content of --dataset, content of --reward, content of --user" in error
 
 
 def test_the_prompts_are_in_the_hash_and_so_are_modules_beside_the_file(world, tmp_path):
