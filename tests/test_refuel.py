@@ -8,13 +8,17 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
-from helpers import ROOT, Talker, broken_checkpoint, length_reward, peak_bytes, random_pairs, remove, row_logps, run_folder, source_files, with_logps
+from helpers import ROOT, Talker, broken_checkpoint, length_reward, llama_config, peak_bytes, random_pairs, remove, row_logps, run_folder, source_files, with_logps
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+import transformers
 
 from machinery import files
 from machinery import fsdp
 from machinery import logps
+from machinery import ranks
 from machinery.run import shares
 import refuel
 import toy
@@ -125,6 +129,39 @@ def test_activation_checkpointing_saves_memory_and_where_it_is_selective_compute
     assert flops[1, "none"] < 0.7 * flops[0, "none"]
     assert peak[0, "selective"] < 0.8 * peak[0, "none"] and peak[1, "selective"] < 0.7 * peak[0, "selective"]
     assert peak[0, "full"] < 0.8 * peak[0, "selective"]
+
+
+def test_selective_checkpointing_keeps_what_a_gpus_attention_call_gave(monkeypatch):
+    """A CPU has no kernel for it: on fake tensors, with the shapes that torch's own registration checks."""
+    monkeypatch.setattr(logps, "piece_by_piece", logps.in_one_call)
+    monkeypatch.setattr(logps, "varlen_layout", logps.varlen_layout.__wrapped__)  # a cache would keep fakes
+    pairs, calls = random_pairs(4), {}
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls[kind] += str(func) == "torch_attn._varlen_attn.default"
+            return func(*args, **(kwargs or {}))
+
+    for kind in ("none", "selective", "full"):
+        calls[kind] = 0
+        with FakeTensorMode(allow_non_fake_inputs=True), Calls():
+            model = logps.attend_in_pairs(transformers.AutoModelForCausalLM.from_config(llama_config(layers=3))).train()
+            if kind != "none":
+                fsdp.checkpoint_activations(model, kind)
+            pair_logps(model, pairs).sum().backward()
+    assert calls == {"none": 3, "selective": 3, "full": 6}
+
+
+def test_on_a_gpu_cudnns_attention_is_off(monkeypatch):
+    """It would build a plan for every pair's shape, for seconds each."""
+    monkeypatch.setattr(ranks.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda *args, **more: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(ranks, "check_environment", lambda: None)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    ranks.start_processes()
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
 
 
 @pytest.fixture(scope="module")
