@@ -309,7 +309,7 @@ def run(methods, cfg, given=frozenset()):
     curve = curves([m for m in done if METHODS[m].loss is refuel_loss], cfg, cast)
     if rank() == 0:
         report(results, curve, differences(played, cast[2], evaluate.judged_turns(cfg)), cfg.out)
-        one_opening(played, cast[2], cfg.out)
+        openings(played, cast[2], cfg.out)
         print(f"all results, curves and dialogues, for a browser: {page.write(cfg.out)}", flush=True)
     barrier()
     return results, failed
@@ -329,14 +329,17 @@ def report(results, curve, paired, out):
     print(f"\n{text}\n\n{figure}", flush=True)
 
 
-def one_opening(played, reward, out):
-    """Appendix D: one opening as every policy played it, in dialogues.md; the opening at the median of the last row's gain
-    over the base policy."""
+def openings(played, reward, out):
+    """Appendix D: three openings as every policy played them, in dialogues.md: those at the quartiles of the last row's gain
+    over the base policy, neither the best nor lucky ones."""
     scores = {name: reward(dialogues) for name, dialogues in played.items()}
     gain = np.subtract(scores[list(played)[-1]], scores["base"])
-    i = int(np.argsort(gain, kind="stable")[len(gain) // 2])
-    chosen = {f"{name} (reward {scores[name][i]:.2f})": dialogues[i] for name, dialogues in played.items()}
-    files.write_file(os.path.join(out, "dialogues.md"), whole_dialogues(chosen) + "\n")
+    order, text = np.argsort(gain, kind="stable"), []
+    for number, quartile in enumerate(("the lower quartile", "the median", "the upper quartile"), 1):
+        i = int(order[len(gain) * number // 4])
+        chosen = {f"{name} (reward {scores[name][i]:.2f})": dialogues[i] for name, dialogues in played.items()}
+        text.append(f"## At {quartile} of {list(played)[-1]}'s gain, {gain[i]:+.2f}\n{whole_dialogues(chosen)}\n")
+    files.write_file(os.path.join(out, "dialogues.md"), "\n".join(text))
 
 
 def main(argv=None):

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -295,7 +296,10 @@ def test_a_failed_method_loses_no_finished_row_and_the_command_goes_on(base, tmp
     curve = json.loads((tmp_path / "all" / "curve.json").read_text())
     assert [step for step, _ in curve["refuel"]][:2] == [0, 1] and (tmp_path / "all" / "figure.png").exists()
     played = (tmp_path / "all" / "dialogues.md").read_text()
-    assert played.count("**") == 8 and played.count("- assistant: ") == 20  # base and three rows, five whole turns each
+    assert played.count("**") == 3 * 8 and played.count("- assistant: ") == 3 * 20  # base and three rows, five whole turns
+    gains = [float(x) for x in re.findall("^## At .* of refuel's gain, (.*)$", played, re.M)]
+    rewards = [float(x) for x in re.findall(r"\(reward (.*)\)\*\*", played)]
+    assert gains == pytest.approx([rewards[i + 3] - rewards[i] for i in (0, 4, 8)], abs=0.011) and sorted(gains) == gains
 
 
 def test_an_unknown_method_is_one_line_and_exit_code_2(base, tmp_path, capsys):
