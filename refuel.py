@@ -118,10 +118,10 @@ def collect(prompts, policy, user, reward, cfg, rng, dropped=None, roll_in=from_
     return make_pairs(futures(starts, h, H, streams, policy, user, dropped), reward, cfg.max_dialogue, dropped)
 
 
-def make_pairs(futures, reward, max_dialogue, dropped):
+def make_pairs(played, reward, max_dialogue, dropped):
     """Pairs from [(a finished dialogue, another one that parts from it at turn h, h)], with the rewards of both."""
     kept = []
-    for first, second, h in futures:
+    for first, second, h in played:
         if first.answer(h) == second.answer(h):  # a log-ratio of 0 under every pi: a constant in Eq. 1, no gradient
             dropped["identical"] += 1
         elif max(len(first.ids), len(second.ids)) > max_dialogue:
@@ -131,7 +131,7 @@ def make_pairs(futures, reward, max_dialogue, dropped):
     pairs, scores = [], score(reward, [first for first, _, _ in kept] + [second for _, second, _ in kept])
     for (first, second, h), r, r2 in zip(kept, scores[: len(kept)], scores[len(kept) :], strict=True):
         if r is None or r2 is None:
-            dropped["reward: too long"] += 1
+            dropped["no reward"] += 1
             continue
         pairs.append(Pair.of(first, second, h, (r, r2)))
     return pairs

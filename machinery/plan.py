@@ -480,7 +480,7 @@ def show(cfg, x):
     lines = ["| an iteration | tokens | FLOPs | hours |", "|---|---|---|---|"]
     rows = hours(cfg, x, held)
     for name, row in (rows | {"sum": [sum(column) for column in zip(*rows.values())]}).items():
-        lines.append(f"| {name} | {row[0]:.3g} | {row[1]:.3g} | {row[2]:.2f} |")
+        lines.append(f"| {name} | {row[0]:.3g} | {row[1]:.3g} | {row[2]:.3g} |")
     if "://" in cfg.user and not cfg.pairs:
         read, written, requests = asked_of_a_url(cfg, x)
         lines += ["", f"the user's server: {read:.3g} tokens to read and {written:.3g} to write an iteration, in {requests:.3g} "
@@ -489,9 +489,9 @@ def show(cfg, x):
 
 
 def in_hours(cfg, x, rows):
-    iterations = f"{cfg.iterations} iterations: " if cfg.iterations else "an update takes "
-    whole = sum(row[2] for row in rows.values()) * max(1, cfg.iterations)
-    return (f"{iterations}{whole:.2f} hours and the evaluation, at {x['tflops']:g} TFLOP/s with a use of {x['mfu']:g}, "
+    one = sum(row[2] for row in rows.values())
+    took = f"{cfg.iterations} iterations: {one * cfg.iterations:.2f} hours" if cfg.iterations else f"an update takes {3600 * one:.1f} s"
+    return (f"{took} and the evaluation, at {x['tflops']:g} TFLOP/s with a use of {x['mfu']:g}, "
             f"{x['bandwidth']:g} GB/s")  # fmt: skip
 
 

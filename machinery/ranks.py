@@ -82,7 +82,7 @@ def start_processes():
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
         # cuDNN's attention builds a plan for each new shape, and no two pairs have the same lengths: a step of 16 pairs
-        # of the 8B shape took 12.3 s with it, and 2.4 s once the shapes were known (docs/speed.md)
+        # of the 8B shape took 17.7 and 12.3 s with it (docs/speed.md)
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 

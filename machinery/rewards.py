@@ -76,11 +76,11 @@ class RewardModel:
             order = order[: -len(batch)]
             batches.append(batch)
         for batch in bar(batches, "score", delay=3):
-            for i, score in zip(batch, self.score([rows[i] for i in batch])):
-                scores[i] = score
+            for i, r in zip(batch, self.read([rows[i] for i in batch])):
+                scores[i] = r
         return scores
 
-    def score(self, rows):
+    def read(self, rows):
         T = len(rows[-1])
         self.tokens.update(prefill=len(rows) * T)
         ids_BT = torch.tensor([ids + [0] * (T - len(ids)) for ids in rows], device=self.device)

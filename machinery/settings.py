@@ -64,7 +64,8 @@ class Config:
     weight_decay: float
     batch_size: int  # pairs a step, over all ranks
     epochs: int  # passes over an iteration's pairs; with --patience the most of them
-    validation: int  # pairs of an iteration, at most an eighth, held out and looked at every checkpoint_steps steps
+    validation: int  # pairs of an iteration, at most an eighth, held out and looked at every checkpoint_steps steps;
+    # fewer than 16 are not, and patience does nothing then
     # looks at the held-out pairs without a new best loss after which a training ends, with its best policy; 0: none,
     # a training ends with its last epoch
     patience: int
@@ -75,7 +76,7 @@ class Config:
     snapshot_steps: int  # steps between two policies kept for Figure 2; 0: none
     wave: int  # prompts whose two conversations an engine plays at once: the unit of work, of seeds and of resuming
     eval_wave: int  # the same of the evaluation
-    eval_dialogues: int  # section 4.2: 500; more here, since one turn's interval is 4.4 points wide at 500
+    eval_dialogues: int  # section 4.2: 500, where a turn's interval is +-4.4 points; the toy has more
     eval_split: str  # test; or validation, training prompts that are then not trained on: what constants are chosen on
     eval_temperature: float  # of the policies in the evaluation; 0: --temperature, as in training
 

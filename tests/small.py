@@ -100,9 +100,10 @@ def last_states(body, rows, tokens=4096):
     return torch.stack([states[i] for i in range(len(rows))])
 
 
-def save_reward(path, policy, talks, most=360):
-    """The head's weights minimise -ln sigmoid(r(given) - r(another's)) and a ridge, on four fifths of at most `most`
-    conversations; prints how often it is right on the others."""
+def save_reward(path, policy, talks, most=360, centre=0.0):
+    """The head's weights minimise -ln sigmoid(r(given) - r(another's)), a ridge, and centre times the square of the two
+    rewards' sum, on four fifths of at most `most` conversations; prints how often it is right on the others, and their
+    rewards. A head has no bias: without `centre` rewards may lie anywhere (as Eisenstein et al. 2023 have it)."""
     tokenizer, rng = AutoTokenizer.from_pretrained(policy), random.Random(1)
     model = LlamaForSequenceClassification.from_pretrained(policy, num_labels=1, num_hidden_layers=LAYERS,
                                                            dtype=torch.float32).eval()  # fmt: skip
@@ -113,13 +114,14 @@ def save_reward(path, policy, talks, most=360):
     states = last_states(model.model, rows).view(len(pairs), 2, -1)
     difference_ND = states[:, 0] - states[:, 1]
     scale_D = states.flatten(0, 1).std(0)
-    x_ND, cut = difference_ND / scale_D, len(pairs) * 4 // 5
+    x_ND, sum_ND, cut = difference_ND / scale_D, states.sum(1) / scale_D, len(pairs) * 4 // 5
     weight_D = torch.zeros(x_ND.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([weight_D], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
         value = -torch.nn.functional.logsigmoid(x_ND[:cut] @ weight_D).mean() + 0.02 * weight_D.square().sum()
+        value = value + centre * (sum_ND[:cut] @ weight_D).square().mean()
         value.backward()
         return value
 
@@ -128,6 +130,9 @@ def save_reward(path, policy, talks, most=360):
     print(f"reward: right on {100 * right[0]:.0f} % of {cut} pairs, on {100 * right[1]:.0f} % of {len(pairs) - cut} new ones")
     with torch.no_grad():
         model.score.weight.copy_(weight_D / scale_D)
+        reward_N2 = states[cut:] @ model.score.weight[0]
+    mean, sd = reward_N2.mean(0).tolist(), float(reward_N2.std())
+    print(f"their rewards: {mean[0]:.2f} and {mean[1]:.2f} on average, standard deviation {sd:.2f}")
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
 

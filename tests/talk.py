@@ -87,7 +87,7 @@ def main(out):
         policy, reward = os.path.join(out, "policy"), os.path.join(out, "reward")
         if not os.path.isdir(policy):
             save_policy(policy, brief, *smollm2)
-        files.write_folder(reward, lambda path: small.save_reward(path, shop.START, brief, most=1200))
+        files.write_folder(reward, lambda path: small.save_reward(path, shop.START, brief, most=1200, centre=0.01))
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def test_a_pair_without_a_reward_is_dropped_and_counted(tokenizers):
         futures.append((d.reset(1).add_answer(tokenizer, tokenizer.encode(word)), d.add_answer(tokenizer, [2]), 1))
     scores = lambda ds: [None if d.messages[-1]["content"] == "red" else 1.0 for d in ds]  # noqa: E731
     pairs = refuel.make_pairs(futures, scores, 99, dropped)
-    assert len(pairs) == 2 and dropped["reward: too long"] == 1
+    assert len(pairs) == 2 and dropped["no reward"] == 1
     long = futures[0][0].ids
     assert not refuel.make_pairs(futures, scores, len(long) - 1, dropped) and dropped["over --max-dialogue"] == 3
 
