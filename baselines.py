@@ -140,10 +140,10 @@ def train(method, cfg, cast=None):
     else:
         prompts_of, collect = PROMPTS[row.prefix], partial(refuel.collect, roll_in=ROLL_INS[row.prefix, row.turn])
 
-    def loss_fn(logp_2B, old_logp_2B, reward_2B, eta):
-        return row.loss(logp_2B, old_logp_2B, reward_2B, cfg.beta if row.loss is dpo_loss else eta)
+    def in_beta(logp_2B, old_logp_2B, reward_2B, eta):
+        return dpo_loss(logp_2B, old_logp_2B, reward_2B, cfg.beta)
 
-    return refuel.train(cfg, cast, prompts_of, collect, loss_fn)
+    return refuel.train(cfg, cast, prompts_of, collect, in_beta if row.loss is dpo_loss else row.loss)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -253,7 +253,8 @@ def curves(methods, cfg, cast):
     found = {}
     for name in places:
         method, step = name.rsplit(".", 1)
-        found.setdefault(method, [(0, 50.0)]).append((int(step), results[name]["avg"]))
+        begin = [(0, 50.0)] if cfg.policy == cfg.reference else []  # pi_1 against itself
+        found.setdefault(method, begin).append((int(step), results[name]["avg"]))
     return found
 
 

@@ -142,9 +142,9 @@ def at_equal_length(dialogues, reference, verdict_NH, turns):
     return {"win_controlled": controlled_H, "avg_controlled": controlled_H.mean(), "length": length_H}
 
 
-def summary(dialogues, reference, judge, reward, turns=None, earned=None):
+def summary(dialogues, reference, judge, reward, turns=None, earned=None, same_words=True):
     """One row of results.json: a policy's dialogues against the reference's, from the same openings; turns: see stages.
-    earned: a list that takes each dialogue's reward as it ended."""
+    earned: a list that takes each dialogue's reward as it ended; same_words: one vocabulary, so that tokens compare."""
     before = Counter(getattr(judge, "counts", ()))
     if turns is None:
         turns = max(len(d.spans) for d in (*dialogues, *reference))
@@ -156,7 +156,7 @@ def summary(dialogues, reference, judge, reward, turns=None, earned=None):
     avg_low, avg_high = bootstrap(verdict_NH.mean(1, keepdims=True))[:, 0]
     row = {"win": win_H, "low": low_H, "high": high_H, "avg": win_H.mean(), "avg_low": avg_low, "avg_high": avg_high,
            "reward": reward_NH.mean(0), "reward_error": reward_NH.std(0) / len(reward_NH) ** 0.5}  # fmt: skip
-    if all(d.ids for d in dialogues):
+    if same_words and all(d.ids for d in dialogues):
         row |= at_equal_length(dialogues, reference, verdict_NH, turns)
     if hasattr(judge, "counts"):
         for name in ("asked", "flips", "unparsable", "unanswered"):
@@ -338,7 +338,8 @@ def evaluate(policies, folder, policy, user, reward, cfg, judge=None, kl=True):
             judge.check_room(dialogues, played["base"])
     for name, dialogues in played.items():
         rewards = []
-        row = summary(dialogues, played["base"], judge or by_reward(scores), scores, judged_turns(cfg), rewards)
+        same = not outside.is_outside(paths[name]) and engines.vocabulary(paths[name]) == engines.vocabulary(cfg.reference)
+        row = summary(dialogues, played["base"], judge or by_reward(scores), scores, judged_turns(cfg), rewards, same)
         row |= divergence.get(name, {})
         row |= {"failed": len(prompts) - len(dialogues), "command": " ".join(["python", *sys.argv])}
         results[name], earned[name] = row, [None] * len(prompts)

@@ -209,12 +209,13 @@ def learning_rate(cfg, t, progress):
     return cfg.lr * (0.5 + 0.5 * math.cos(math.pi * (progress - cfg.warmup) / (1 - cfg.warmup)))
 
 
-def make_optimizer(model, cfg):
+def make_optimizer(model, cfg, loss_fn=refuel_loss):
     """AdamW as released. Eq. 1's gradient is 1/eta^2 of the released loss's; Adam divides that out again but for its
-    epsilon, which is scaled with it (eta = 1000 would otherwise leave most of the update to epsilon). fused: one pass
-    over the weights instead of a dozen, a tenth of the time on a CPU."""
+    epsilon, which is scaled with it (eta = 1000 would otherwise leave most of the update to epsilon); other losses have
+    no eta. fused: one pass over the weights instead of a dozen, a tenth of the time on a CPU."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, cfg.lr, (0.9, 0.95), 1e-8 / cfg.eta**2, cfg.weight_decay, fused=True)
+    epsilon = 1e-8 / cfg.eta**2 if loss_fn is refuel_loss else 1e-8
+    return torch.optim.AdamW(parameters, cfg.lr, (0.9, 0.95), epsilon, cfg.weight_decay, fused=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ def train(cfg, cast=None, prompts_of=train_prompts, collect=collect, loss_fn=ref
     known = cast is not None
     policy, user, reward = cast = cast if known else load_cast(cfg)
     model = load_policy(find_checkpoint(cfg.policy), cfg)
-    run = Run(cfg, model, make_optimizer(model, cfg))
+    run = Run(cfg, model, make_optimizer(model, cfg, loss_fn))
     if known or run.t:  # an engine that has just loaded pi_1 needs no other weights
         policy.update(full_weights(model))
 

@@ -263,6 +263,7 @@ def prepare(cfg, trains=True):
     check_vocabulary(tokenizer, load_config(cfg.policy).vocab_size)
     stop_tokens(cfg.policy, tokenizer)
     if trains and cfg.pairs:
+        pairs.check_whose(cfg)
         for _ in pairs.read_pairs(cfg, tokenizer, pairs.LOOK):
             pass
     elif trains:

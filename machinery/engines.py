@@ -339,6 +339,11 @@ def kind(path):
     return {k: v for k, v in config.items() if k not in names}, tokenizer.get_vocab(), tokenizer.chat_template
 
 
+def vocabulary(path):
+    """{token: id}: where two checkpoints differ in it, their answers' numbers of tokens cannot be compared."""
+    return kind(path)[1]
+
+
 def gpu_share(cfg, who, path="", among=1):
     """What of a GPU's memory vLLM gets for an engine; plan.engine_share computes it."""
     return plan.engine_share(cfg, who, path, among) if torch.cuda.is_available() else None

@@ -114,10 +114,19 @@ def load_config(path):
 
 
 def check_positions(path, cfg):
-    """A policy's configuration loads, and its context holds --max-length."""
-    positions = getattr(load_config(path), "max_position_embeddings", math.inf)
+    """A policy's configuration loads, and its context holds --max-length, at which longrope has one set of frequencies.
+
+    Phi-3's have two, for rows up to a first length and beyond: vLLM takes those of --max-length for all rows,
+    transformers those of the longest one in a forward, so that ln pi would depend on a row's neighbours."""
+    config = load_config(path)
+    positions = getattr(config, "max_position_embeddings", math.inf)
     if cfg.max_length > positions:
         raise BadInput(f"--max-length {cfg.max_length}: {path} has {positions} positions")
+    rope = getattr(config, "rope_parameters", None) or {}
+    first = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", math.inf)
+    if rope.get("rope_type") == "longrope" and cfg.max_length > first:
+        raise BadInput(f"--max-length {cfg.max_length}: {path} has other rotary frequencies beyond {first} positions (longrope): "
+                       f"give {first} at most")  # fmt: skip
 
 
 def check_finite(path, name, tensor):

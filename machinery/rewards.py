@@ -13,14 +13,14 @@ import torch
 from machinery.files import BadInput, find_checkpoint, read_json, read_weights, weight_names
 from machinery.ranks import add_up, bar, device, dtype, rank, world
 from machinery.seams import opening, score
-from machinery.template import added_tokens, check_round_trip, encode, encode_plain, render
+from machinery.template import check_round_trip, control_tokens, encode, encode_plain, render
 
 
 def conversation_ids(tokenizer, messages):
     """A finished conversation as the reward model's own chat template renders it, with the BOS that the template writes
     and no other. The strings of control tokens inside a text stay text: an answer that spells out an end token must
     not move the place where a score is read."""
-    names = [str(token) for token in added_tokens(tokenizer).values()]
+    names = control_tokens(tokenizer).values()
     mark = "\ue000"
     while any(mark in m["content"] for m in messages):  # until no text can contain a place of another's
         mark += "\ue000"

@@ -69,8 +69,24 @@ def of_each(function, dialogues, flag):
     return list(values)
 
 
+class Unknown(list):
+    """ids or spans of a dialogue whose policy is behind a server: a number of tokens read from them would be 0."""
+
+    def refuse(self, *_):
+        raise BadInput("the tokens of a policy behind a server are not known: --user and --reward read its messages, not the "
+                       "ids and spans of a dialogue")  # fmt: skip
+
+    __getitem__ = __iter__ = refuse
+
+    def __len__(self):
+        return super().__len__() or self.refuse()  # spans has as many as there are answers
+
+
 def own(dialogue):
-    return dialogue.copy(secret=copy.deepcopy(dialogue.secret))
+    mine = dialogue.copy(secret=copy.deepcopy(dialogue.secret))
+    if dialogue.spans and not dialogue.ids:
+        mine.ids, mine.spans = Unknown(), Unknown(dialogue.spans)
+    return mine
 
 
 def source(function):

@@ -1,4 +1,5 @@
 """A chat template's own tokens: what it writes around a user's text, what ends an answer, and text that stays text."""
+import datetime
 import functools
 import json
 import os
@@ -9,6 +10,7 @@ import sys
 from machinery.files import BadInput, brief, read_json
 
 PROBES = ("Wide  gaps,\n\nlines\tand (punctuation)!", "Na\u00efve: \u65e5\u672c\u8a9e \u2013 \U0001f642")
+TODAY = datetime.date(2024, 7, 26)  # of templates that write one: Llama 3.1's own where it is told none
 RENDER_SECONDS = 2  # of a processor; a real template needs a thousandth
 RENDER_BYTES = 2**30  # of memory, the interpreter included
 RENDER_CHARACTERS = 2**20  # of what comes out
@@ -45,7 +47,7 @@ def check_round_trip(tokenizer):
         lacks = len(known) < len(ids)
         if lacks and not (known and probe.isascii()):
             continue
-        back = tokenizer.decode(ids)
+        back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         if back.strip() != probe:
             raise BadInput(f"the tokenizer {tokenizer.name_or_path} gives back {back!r} for {probe!r} (as "
                            f"{type(tokenizer).__name__}: is tokenizer_class in its tokenizer_config.json right?)")  # fmt: skip
@@ -56,6 +58,21 @@ def added_tokens(tokenizer):
     """{id: token} of the tokens that were added to the words. The tokenizer's own property makes its table anew whenever
     it is asked: 0.2 ms, of which a turn of a dialogue would need three."""
     return tokenizer.added_tokens_decoder
+
+
+@functools.lru_cache(maxsize=8)
+def control_tokens(tokenizer):
+    """{id: its string} of the added tokens that no text may turn into: special ones, and those that the template writes.
+
+    The others are words like any other, which a text is made of: runs of spaces in GPT-NeoX's, HTML tags in Gemma's."""
+    talk = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    written = tokenizer.get_chat_template() + render(tokenizer, talk, add_generation_prompt=True)
+    found = {}
+    for i, token in added_tokens(tokenizer).items():
+        text = str(token)
+        if token.special or text.strip() and text in written:
+            found[i] = text
+    return found
 
 
 def check_vocabulary(tokenizer, vocab_size):
@@ -77,13 +94,16 @@ def check_vocabulary(tokenizer, vocab_size):
 
 
 def render(tokenizer, messages, **options):
-    """A conversation as the chat template writes it, after one trial of the template in a process that can be stopped."""
+    """A conversation as the chat template writes it, after one trial of the template in a process that can be stopped.
+
+    A template that writes today's date (Llama 3.2's) is told the same one every day, else a run that is resumed tomorrow
+    would go on under another system prompt."""
     template = tokenizer.get_chat_template()
     special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
     if not ends(template, json.dumps(special)):
         raise BadInput(f"the chat template of {tokenizer.name_or_path} does not end: more than {RENDER_SECONDS} seconds, "
                        f"{RENDER_BYTES >> 20} MB of memory or {RENDER_CHARACTERS} characters")  # fmt: skip
-    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    return tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=TODAY.strftime, **options)
 
 
 @functools.lru_cache(maxsize=64)
@@ -198,11 +218,15 @@ def thought(header):
     return "t" if header.rstrip().endswith("<think>") else "<think>t"
 
 
-def has_history(tokenizer, pieces, answer):
-    """Whether a rendered conversation of three turns is its pieces in a row, white space around an answer aside."""
+def has_history(tokenizer, pieces, answer, system=()):
+    """Whether a rendered conversation of three turns is its pieces in a row, white space around an answer aside.
+    system: the pieces around a system prompt and the first turn, if there is one."""
     before, after, between, later_after = pieces
     messages = [{"role": "user", "content": "x"}]
     expected = [before + "x" + after]
+    if system:
+        messages.insert(0, {"role": "system", "content": "s"})
+        expected = [system[0] + "s" + system[1] + "x" + system[2]]
     for _ in range(2):
         messages.append({"role": "assistant", "content": answer})
         messages.append({"role": "user", "content": "x"})
@@ -227,7 +251,7 @@ def said(tokenizer, ids, truncated):
     last = added_tokens(tokenizer).get(ids[-1]) if ids else None
     if last and (ids[-1] == end_token(tokenizer) or last.special and not truncated):
         ids.pop()
-    text = tokenizer.decode(ids, skip_special_tokens=False).strip()
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False).strip()
     opened = template_pieces(tokenizer)[1].rstrip().endswith("<think>")
     if opened or text.startswith("<think>"):
         text = without_thoughts("<think>" + text)
@@ -269,7 +293,9 @@ def opening_ids(tokenizer, text, system=None):
 
 @functools.lru_cache(maxsize=8)
 def system_pieces(tokenizer):
-    """What the template writes around a system prompt and the first user's text: (before, between, after)."""
+    """What the template writes around a system prompt and the first user's text: (before, between, after).
+
+    A template that moves the prompt to the latest turn (Mistral's) is refused: a policy would see it at the first."""
     from jinja2 import TemplateError
 
     system, user = "\ue000system\ue000", "\ue000user\ue000"
@@ -279,6 +305,10 @@ def system_pieces(tokenizer):
         before, after = rest.split(user)
     except (TemplateError, LookupError, ValueError, TypeError, ArithmeticError):
         raise BadInput(f"the chat template of {tokenizer.name_or_path} takes no system prompt") from None
+    if not has_history(tokenizer, template_pieces(tokenizer), "y", (first, before, after)):
+        raise BadInput(f"the chat template of {tokenizer.name_or_path} writes a conversation with a system prompt otherwise than "
+                       f"it was said (some move the prompt to the latest turn): leave it out, or put it into a template "
+                       f"that keeps it at the first")  # fmt: skip
     return first, before, after
 
 
@@ -296,7 +326,7 @@ def encode(tokenizer, *pieces):
     writes the BOS where it wants one, so the tokenizer must not add another (the released code sampled under two)."""
     ids_of = functools.partial(tokenizer.encode, add_special_tokens=False)
     texts = "\0".join(pieces[1::2])
-    if not any(str(token) in texts for token in added_tokens(tokenizer).values()):
+    if not texts or not any(token in texts for token in control_tokens(tokenizer).values()):
         return ids_of("".join(pieces))
     ids = []
     for i, piece in enumerate(pieces):
@@ -307,13 +337,13 @@ def encode(tokenizer, *pieces):
 def encode_plain(tokenizer, text):
     """Ids of a text in which the strings of control tokens are ordinary characters."""
     ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    added = added_tokens(tokenizer)
+    control = control_tokens(tokenizer)
     plain = []
     for i in ids:
-        if i not in added:
+        if i not in control:
             plain.append(i)
             continue
-        for character in str(added[i]):  # an added token that is not special is still matched: spell it out
+        for character in control[i]:  # one that is not special is still matched: spell it out
             plain += tokenizer.encode(character, add_special_tokens=False)
     return plain
 

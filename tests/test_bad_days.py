@@ -703,7 +703,14 @@ def test_a_checkpoint_that_is_cut_lacks_a_part_is_a_pickle_or_of_another_shape_i
             prepared(path, tmp_path)
     with pytest.raises(BadInput, match="has 512 positions"):
         prepared(base, tmp_path, "--max-length", "1000")
-    from transformers import GPT2Config
+    from transformers import GPT2Config, Phi3Config
+
+    rope = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[2.0] * 4)
+    Phi3Config(hidden_size=16, num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=2048, pad_token_id=0,
+               original_max_position_embeddings=256, rope_parameters=rope).save_pretrained(tmp_path / "phi3")  # fmt: skip
+    files.check_positions(str(tmp_path / "phi3"), replace(refuel.read_config(["--setting", "toy"]), max_length=256))
+    with pytest.raises(BadInput, match=r"other rotary frequencies beyond 256 positions \(longrope\)"):
+        files.check_positions(str(tmp_path / "phi3"), replace(refuel.read_config(["--setting", "toy"]), max_length=512))
 
     GPT2Config(n_layer=1, n_embd=8, n_head=1).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(BadInput, match="is a gpt2"):

@@ -307,3 +307,24 @@ def test_an_unknown_method_is_one_line_and_exit_code_2(base, tmp_path, capsys):
         baselines.main(flags(base, tmp_path / "x", "ppo"))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and "ppo" in error
+
+
+def test_adamws_epsilon_is_scaled_with_eq_1s_gradient_and_with_no_other(monkeypatch, cfg):
+    """With eta = 0.01, where rewards are in the thousands, DPO would hardly move."""
+    trained = {}
+    monkeypatch.setattr(refuel, "train", lambda cfg, cast, prompts_of, collect, loss_fn: trained.update({name: loss_fn}))
+    for name in METHODS:
+        baselines.train(name, replace(cfg, eta=0.01, beta=0.3))
+    model, numbers_ = torch.nn.Linear(2, 2), numbers()
+    for name, loss_fn in trained.items():
+        epsilon = refuel.make_optimizer(model, replace(cfg, eta=0.01), loss_fn).defaults["eps"]
+        assert epsilon == pytest.approx(1e-4 if METHODS[name].loss is refuel_loss else 1e-8)
+    assert torch.equal(trained["dpo-refuel"](*numbers_, 7.0), dpo_loss(*numbers_, 0.3))
+    assert torch.equal(trained["refuel"](*numbers_, 7.0), refuel_loss(*numbers_, 7.0))
+
+
+def test_figure_2_begins_at_a_half_where_the_reference_is_where_training_begins(monkeypatch, cfg):
+    monkeypatch.setattr(baselines, "snapshots", lambda out, iterations: {3: "a"})
+    monkeypatch.setattr(baselines.evaluate, "evaluate", lambda places, *rest, **more: ({name: {"avg": 60.0} for name in places}, {}))
+    assert baselines.curves(["refuel"], cfg, ()) == {"refuel": [(0, 50.0), (3, 60.0)]}
+    assert baselines.curves(["refuel"], replace(cfg, reference="another"), ()) == {"refuel": [(3, 60.0)]}

@@ -344,6 +344,10 @@ def test_a_checkpoint_of_another_kind_gets_its_own_engine_and_no_kl(trained, bas
     results, played = evaluate.evaluate({"odd": odd, "same": base}, str(tmp_path), engine, user, reward, cfg)
     assert order == ["update", "update", "sleep", ("other", 1), "sleep"]  # in the place of one that sleeps, and last
     assert list(results) == ["base", "odd", "same"] and "kl" not in results["odd"] and results["same"]["kl"] == 0
+    assert results["odd"]["length"] and results["same"]["length"]
+    monkeypatch.setattr(engines, "vocabulary", lambda path: path)  # two vocabularies: numbers of tokens say nothing
+    again, _ = evaluate.evaluate({"odd": odd, "same": base}, str(tmp_path), engine, user, reward, cfg)
+    assert not again["odd"].keys() & {"length", "win_controlled", "avg_controlled"} and again["odd"]["win"] == results["odd"]["win"]
     own = engines.load_engine(odd, cfg)
     alone = simulator.rollout(simulator.test_prompts(cfg, own.tokenizer), own, user, [2] * 6)
     assert [d.ids for d in played["odd"]] == [d.ids for d in alone] != [d.ids for d in played["base"]]
@@ -409,6 +413,17 @@ def test_answers_that_are_cut_or_absent_are_counted_and_too_many_stop_the_comman
     error = capsys.readouterr().err
     last = error.splitlines()[-1]  # behind the bars
     assert last.startswith(f"evaluate.py: --policy {path} (HTTP 500 overloaded) failed in ") and "Traceback" not in error
+
+
+def test_a_reward_that_counts_tokens_is_refused_for_a_policy_whose_tokens_are_not_known(cfg, serve):
+    """They would cost nothing: each span would be (0, 0)."""
+    policy = outside.OutsidePolicy(Server(clerk_at(serve).url, "m", tries=1, threads=2, max_tokens=16), cfg)
+    prompts = [d.copy(ids=[]) for d in simulator.test_prompts(cfg, toy.make_tokenizer())]
+    played = simulator.rollout(prompts, policy, toy.Customer(), [2] * 8)
+    assert simulator.score(lambda ds: [d.turns + len(d.messages) for d in ds], played) == [6.0] * 8
+    for count in (lambda d: len(d.ids), lambda d: sum(b - a for a, b in d.spans), lambda d: d.tokens_said()):
+        with pytest.raises(BadInput, match="tokens of a policy behind a server are not known"):
+            simulator.score(lambda ds: [count(d) for d in ds], played)  # noqa: B023
 
 
 def test_the_node_serves_a_policy_as_it_serves_a_user(base, tmp_path, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """Training on finished pairs: the published form and a run's own file give the policy that the run itself gave."""
 import copy
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ import refuel
 import simulator
 from machinery import files, pairs
 from machinery.files import BadInput, read_weights
+from machinery.run import open_folder
 
 
 def published(line, tokenizer, length=256):
@@ -118,6 +120,22 @@ def test_a_line_of_ones_own_that_was_edited_is_named_and_a_seal_is_read(run, tmp
     (tmp_path / "pairs.jsonl.sha256").write_text("0  pairs.jsonl\n")
     with pytest.raises(BadInput, match="checksum is another"):
         list(pairs.read_pairs(replace(cfg, pairs=str(path)), cast[0].tokenizer, 99))
+
+
+def test_another_policys_pairs_are_refused_by_content(run, base, tmp_path):
+    """Of a GPU's engine_gap a policy that has moved by 0.03 nats a token is noise."""
+    cfg, _ = run
+    open_folder(replace(cfg, out=str(tmp_path / "out")), simulator.made_of)
+    shutil.copytree(f"{cfg.out}/iter_1", tmp_path / "out" / "iter_1")
+    own, trained = f"{tmp_path}/out/iter_1/pairs.jsonl", f"{tmp_path}/out/iter_1/policy"
+    pairs.check_whose(replace(cfg, pairs=own))
+    with pytest.raises(BadInput, match="were sampled by its own --policy, which is not --policy .*iter_1/policy"):
+        simulator.prepare(replace(cfg, pairs=own, policy=trained))
+    shutil.copytree(tmp_path / "out" / "iter_1", tmp_path / "out" / "iter_2")
+    second = own.replace("iter_1", "iter_2")
+    pairs.check_whose(replace(cfg, pairs=second, policy=trained))
+    with pytest.raises(BadInput, match=f"were sampled by {trained}, which is not --policy {base}"):
+        simulator.prepare(replace(cfg, pairs=second))
 
 
 def test_pairs_are_for_one_iteration_and_for_refuels_row_alone(capsys):

@@ -7,7 +7,7 @@ import pytest
 
 import toy
 from helpers import CHATML, LLAMA3, make_bpe
-from machinery import template
+from machinery import rewards, template
 from machinery.files import BadInput
 from simulator import Dialogue
 
@@ -113,6 +113,41 @@ def test_a_cut_answer_of_an_inst_template_is_ended_outside_of_its_span(make, tex
     assert d.ids.count(tokenizer.eos_token_id) == d.ids.count(tokenizer.bos_token_id) == 1
 
 
+def test_added_tokens_that_are_words_stay_words_and_control_strings_become_none(make):
+    """GPT-NeoX's runs of spaces, Gemma's HTML tags: a text has the ids that the template's own tokenisation gives it."""
+    tokenizer = make(CHATML)
+    tokenizer.add_tokens(["    ", "<table>"])
+    text = "def f(x):\n    return x <table>"
+    d = Dialogue.start(tokenizer, text)
+    assert d.ids == tokenizer.apply_chat_template(d.messages, add_generation_prompt=True, return_dict=False)
+    words = [tokenizer.convert_tokens_to_ids(word) for word in ("    ", "<table>")]
+    assert set(words) < set(d.ids) and set(words) < set(rewards.conversation_ids(tokenizer, d.messages))
+    forged = Dialogue.start(tokenizer, text + "<|im_end|>")
+    assert set(words) < set(forged.ids) and forged.ids.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(forged.ids) == tokenizer.decode(d.ids).replace("<table>", "<table><|im_end|>")
+    plain = make(CHATML)  # one that is not special, but that the template writes
+    plain.add_tokens(["<think>"])
+    plain.chat_template = CHATML.replace("assistant\n", "assistant\n<think>")
+    think = plain.convert_tokens_to_ids("<think>")
+    assert template.opening_ids(plain, "a <think> b").count(think) == plain.chat_template.count("<think>") == 1
+
+
+def test_a_template_that_writes_todays_date_writes_one_date(make):
+    """Llama 3.2's, shortened. A run that is resumed tomorrow goes on under the same system prompt."""
+    tokenizer = make(CHATML)
+    tokenizer.chat_template = "{{ 'Today Date: ' + strftime_now('%d %b %Y') + '\n' }}" + CHATML
+    assert template.template_pieces(tokenizer)[0].startswith("Today Date: 26 Jul 2024\n")
+
+
+def test_users_and_rewards_read_what_was_said(tmp_path):
+    """Some releases wrote a flag into tokenizers that takes spaces before punctuation away."""
+    tokenizer = relabelled(toy.make_tokenizer(), tmp_path, clean_up_tokenization_spaces=True)
+    d = Dialogue.start(tokenizer := template.load_tokenizer(tokenizer), "something silk please")
+    text = "try the red hat . which size ?"
+    d.add_answer(tokenizer, tokenizer.encode(text, add_special_tokens=False))
+    assert d.messages[-1]["content"] == text != tokenizer.decode(d.answer(1))
+
+
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}" + CHATML
@@ -145,6 +180,19 @@ def test_a_policy_whose_template_rewrites_what_it_said_is_refused_and_a_user_is_
     with pytest.raises(BadInput, match=why) as refused:
         Dialogue.start(tokenizer, "a question")
     assert "\n" not in str(refused.value)
+
+
+def test_a_template_that_moves_its_system_prompt_is_refused_with_one_and_goes_without(make):
+    """Mistral's writes it in front of the latest turn."""
+    moves = ("{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set messages = messages[1:] %}"
+             "{% endif %}{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' }}{% if loop.last and "
+             "system is defined %}{{ system + '\n\n' }}{% endif %}{{ m['content'] + ' [/INST]' }}{% else %}"
+             "{{ m['content'] + eos_token }}{% endif %}{% endfor %}")  # fmt: skip
+    tokenizer = make(moves)
+    Dialogue.start(tokenizer, "a question")
+    with pytest.raises(BadInput, match="with a system prompt otherwise than it was said"):
+        Dialogue.start(tokenizer, "a question", system="Be brief.")
+    assert Dialogue.start(make(CHATML), "a question", system="Be brief.").system == "Be brief."
 
 
 def test_a_template_that_keeps_thoughts_is_a_policys(make):
