@@ -210,11 +210,10 @@ def learning_rate(cfg, t, progress):
 
 
 def make_optimizer(model, cfg, loss_fn=refuel_loss):
-    """AdamW as released. Eq. 1's gradient is 1/eta^2 of the released loss's; Adam divides that out again but for its
-    epsilon, which is scaled with it (eta = 1000 would otherwise leave most of the update to epsilon); other losses have
-    no eta. fused: one pass over the weights instead of a dozen, a tenth of the time on a CPU."""
+    """AdamW as released, its epsilon scaled as Eq. 1's gradient is, by 1/eta^2: at eta = 1000 it would else be most of the
+    denominator. fused: one pass over the weights instead of a dozen, a tenth of the time on a CPU."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    epsilon = 1e-8 / cfg.eta**2 if loss_fn is refuel_loss else 1e-8
+    epsilon = 1e-8 / cfg.eta**2 if loss_fn is refuel_loss else 1e-8  # DPO and RLOO have no eta
     return torch.optim.AdamW(parameters, cfg.lr, (0.9, 0.95), epsilon, cfg.weight_decay, fused=True)
 
 
