@@ -80,8 +80,7 @@ def check_vocabulary(tokenizer, vocab_size):
     used = set(opening_ids(tokenizer, "x") + later_ids(tokenizer, "x"))
     if tokenizer.eos_token_id is not None:
         used.add(tokenizer.eos_token_id)
-    # an added token that the template does not use never occurs
-    used |= set(tokenizer.get_vocab().values()) - tokenizer.added_tokens_decoder.keys()
+    used |= set(tokenizer.get_vocab().values()) - control_tokens(tokenizer).keys()  # those that the template has are in
     if max(used) >= vocab_size:
         token = tokenizer.convert_ids_to_tokens(max(used))
         raise BadInput(f"the tokenizer {tokenizer.name_or_path} has {token!r} as id {max(used)}, but its model's "

@@ -207,7 +207,11 @@ def test_an_id_beyond_the_models_vocabulary_is_one_line(make, tokenizers):
     tokenizer.add_special_tokens({"eos_token": "<the end>"})
     with pytest.raises(BadInput, match="'<the end>' as id"):
         template.check_vocabulary(tokenizer, len(tokenizer) - 1)
-    tokenizer.add_tokens(["<unused>"])
-    template.check_vocabulary(tokenizer, len(tokenizer) - 1)  # no text and no template has it
+    unused, word = make(MISTRAL), make(MISTRAL)
+    unused.add_tokens(["<unused>"], special_tokens=True)
+    template.check_vocabulary(unused, len(unused) - 1)  # no text and no template has it
+    word.add_tokens(["<table>"])
+    with pytest.raises(BadInput, match="'<table>' as id"):  # which a text may have
+        template.check_vocabulary(word, len(word) - 1)
     with pytest.raises(BadInput, match="vocab_size is 200"):
         template.check_vocabulary(tokenizers["chatml"], 200)
