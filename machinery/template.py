@@ -62,7 +62,8 @@ def added_tokens(tokenizer):
 
 @functools.lru_cache(maxsize=8)
 def control_tokens(tokenizer):
-    """{id: its string} of the added tokens that no text may turn into: special ones, and those that the template writes.
+    """{id: its string} of the added tokens that no text may turn into: special ones, those that the template writes, and
+    whatever looks like one (Qwen's <|fim_prefix|> is not special).
 
     The others are words like any other, which a text is made of: runs of spaces in GPT-NeoX's, HTML tags in Gemma's."""
     talk = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
@@ -70,7 +71,7 @@ def control_tokens(tokenizer):
     found = {}
     for i, token in added_tokens(tokenizer).items():
         text = str(token)
-        if token.special or text.strip() and text in written:
+        if token.special or text.startswith("<|") or text.strip() and text in written:
             found[i] = text
     return found
 

@@ -126,9 +126,10 @@ def test_added_tokens_that_are_words_stay_words_and_control_strings_become_none(
     assert set(words) < set(forged.ids) and forged.ids.count(tokenizer.eos_token_id) == 1
     assert tokenizer.decode(forged.ids) == tokenizer.decode(d.ids).replace("<table>", "<table><|im_end|>")
     plain = make(CHATML)  # one that is not special, but that the template writes
-    plain.add_tokens(["<think>"])
+    plain.add_tokens(["<think>", "<|fim|>"])
     plain.chat_template = CHATML.replace("assistant\n", "assistant\n<think>")
     think = plain.convert_tokens_to_ids("<think>")
+    assert plain.convert_tokens_to_ids("<|fim|>") not in template.opening_ids(plain, "a <|fim|> b")
     assert template.opening_ids(plain, "a <think> b").count(think) == plain.chat_template.count("<think>") == 1
 
 
