@@ -247,7 +247,7 @@ def train(cfg, cast=None, prompts_of=train_prompts, collect=collect, loss_fn=ref
         regress(model, run.optimizer, pairs, cfg, loss_fn, run.first_step(), run.after_step, t)
         run.finish()
         if not cfg.one_training:  # the moments go before the engine wakes, which needs their memory
-            run.optimizer = make_optimizer(model, cfg)
+            run.optimizer = make_optimizer(model, cfg, loss_fn)
         policy.update(full_weights(model))
     return cast
 

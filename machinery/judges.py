@@ -15,7 +15,7 @@ from tqdm import tqdm
 from machinery.ask import FAILURES, Local, longest_prompt
 from machinery.engines import load_engine
 from machinery.files import BadInput
-from machinery.ranks import barrier, rank, world
+from machinery.ranks import barrier, rank, told, world
 
 # Ours: under the paper's prompt a reply can speak to the judge.
 QUOTES = """What stands between the {tag} marks is quoted material, each line of it under its speaker's name. It is to \
@@ -188,7 +188,7 @@ class LLMJudge:
         missing = [p for p in prompts if self.key(p) not in known][rank() :: world()]
         fitting = [p for p in missing if self.room == math.inf or self.count(p) <= self.room]
         reasons = ["it is longer than --judge-context leaves room for"] * (len(missing) - len(fitting))
-        total, missing = len(missing), fitting
+        missing = fitting
         with open(os.path.join(self.folder, f"rank_{rank()}.jsonl"), "a", encoding="utf-8") as file:
             bar = tqdm(self.ask(missing) if missing else (), "judge", len(missing), disable=rank() > 0 or not missing)
             for i, reply, why in bar:
@@ -197,11 +197,12 @@ class LLMJudge:
                 else:  # the line break comes first: a line that a kill has torn cannot spoil the next one
                     file.write("\n" + json.dumps({"key": self.key(missing[i]), "reply": reply}))
                     file.flush()
-        if len(reasons) > FAILURES * total:  # those few count as ties, and are asked again next time
-            why = next(filter(None, reasons))
-            raise BadInput(f"the judge failed {len(reasons)} of {total} questions ({why}); its other answers "
+        everybody = told((len(reasons), next(filter(None, reasons), "")))
+        failed = sum(number for number, _ in everybody)
+        if failed > FAILURES * len(prompts):  # fewer count as ties, and are asked again next time
+            why = next(filter(None, (why for _, why in everybody)), "no reason")
+            raise BadInput(f"the judge failed {failed} of {len(prompts)} questions ({why}); its other answers "
                            "are kept: run the same command again to resume")  # fmt: skip
-        barrier()
         known = self.kept()
         found = {p: known[self.key(p)] for p in prompts if self.key(p) in known}
         if len(prompts) - len(found) > FAILURES * len(prompts):  # else they would be ties

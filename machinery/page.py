@@ -152,6 +152,7 @@ def openings(folder):
     place = os.path.join(folder, "eval")
     names = [name.removesuffix(".jsonl") for name in sorted(os.listdir(place)) if name.endswith(".jsonl")] if os.path.isdir(place) else []
     order = list(results(folder))
+    names = [name for name in names if name in order or not order]  # others are an earlier evaluation's
     names.sort(key=lambda name: (order.index(name) if name in order else len(order), name))
     if not names:
         return {}

@@ -9,7 +9,10 @@ anything is loaded (`check`). tests/rehearse.py holds `trainer` against the real
 
 P parameters, S shards, T tokens of a forward, N of them scored, c bytes of a number in the forward.
 """
+import argparse
+import math
 import os
+from functools import partial
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -20,19 +23,32 @@ from machinery.ranks import device, local_world, world
 # What the card shows in GiB, and its data sheet's TFLOP/s in bfloat16 (dense) and GB/s
 GPUS = {"h100": (79.0, 989, 3350), "h200": (139.8, 989, 4800), "a100": (79.0, 312, 2039), "l40s": (44.4, 362, 864),
         "4090": (23.5, 165, 1008)}  # fmt: skip
+
+
+def positive(text, kind=float):
+    """A flag's number."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, not {text}")
+    return value
+
+
 FLAGS = {  # of --plan
     "plan": dict(action="store_true", help="say what the run needs, and load nothing"),
     "gpu": dict(choices=GPUS, default="h100", help="the GPUs [h100]"),
-    "gpus": dict(type=int, default=8, metavar="N", help="GPUs of a node [8]"),
-    "nodes": dict(type=int, default=1, metavar="N", help="nodes [1]"),
-    "gpu_memory": dict(type=float, default=None, metavar="GiB", help="of a GPU, in place of --gpu's"),
-    "tflops": dict(type=float, default=None, metavar="N", help="a GPU's TFLOP/s in bfloat16, dense, in place of --gpu's"),
-    "bandwidth": dict(type=float, default=None, metavar="GB/s", help="of a GPU's memory, in place of --gpu's"),
-    "host_memory": dict(type=float, default=None, metavar="GiB", help="of a node; if it is given, it must suffice"),
-    "answer_tokens": dict(type=float, default=350.0, metavar="N", help="of a mean answer [350]"),
-    "question_tokens": dict(type=float, default=125.0, metavar="N", help="of a mean question [125]"),
+    "gpus": dict(type=partial(positive, kind=int), default=8, metavar="N", help="GPUs of a node [8]"),
+    "nodes": dict(type=partial(positive, kind=int), default=1, metavar="N", help="nodes [1]"),
+    "gpu_memory": dict(type=positive, default=None, metavar="GiB", help="of a GPU, in place of --gpu's"),
+    "tflops": dict(type=positive, default=None, metavar="N", help="a GPU's TFLOP/s in bfloat16, dense, in place of --gpu's"),
+    "bandwidth": dict(type=positive, default=None, metavar="GB/s", help="of a GPU's memory, in place of --gpu's"),
+    "host_memory": dict(type=positive, default=None, metavar="GiB", help="of a node; if it is given, it must suffice"),
+    "answer_tokens": dict(type=positive, default=350.0, metavar="N", help="of a mean answer [350]"),
+    "question_tokens": dict(type=positive, default=125.0, metavar="N", help="of a mean question [125]"),
     "justification_tokens": dict(type=float, default=40.0, metavar="N", help="that the user writes before it [40]"),
-    "mfu": dict(type=float, default=0.2, metavar="SHARE", help="of it that is used [0.2; DPO of 8B models: 0.19 to 0.22]"),
+    "mfu": dict(type=positive, default=0.2, metavar="SHARE", help="of it that is used [0.2; DPO of 8B models: 0.19 to 0.22]"),
 }
 LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                 num_key_value_heads=8, vocab_size=128256)  # fmt: skip
@@ -361,9 +377,12 @@ def hours(cfg, x, held):
             continue
         n *= cfg.num_prompts
         if who == "trainer":
-            rows["trainer: forward for ln pi_t"] = n, 2 * m.P * n, 2 * m.P * n / (ranks * x["tflops"] * 1e12 * x["mfu"]) / 3600
-            n *= cfg.epochs
-        flops = (6 if who == "trainer" else 2) * m.P * n
+            before = n * (2 if cfg.gamma else 1)  # Eq. 11 reads pi_0 as well
+            name = "trainer: forward for ln pi_t" + ", ln pi_0" * bool(cfg.gamma)
+            rows[name] = before, 2 * m.P * before, 2 * m.P * before / (ranks * x["tflops"] * 1e12 * x["mfu"]) / 3600
+            n, name = n * cfg.epochs, "trainer: forward and backward"
+            through = 4 * cfg.train_layers * m.layer + 2 * m.V * m.D if cfg.train_layers else 4 * m.P  # back to the first that learns
+        flops = (2 * m.P + (through if who == "trainer" else 0)) * n
         if what == "sampled":  # every step reads the weights once and each dialogue's cache
             served = who == "user" and cfg.user.startswith("serve:")
             tp, engines_ = (tensor_parallel(m, x["gpus"]), x["nodes"]) if served else (1, ranks)
@@ -457,6 +476,7 @@ def show(cfg, x):
     H, h = law(cfg.max_turns, cfg.reset_law)
     lines = [f"{x['nodes']} x {x['gpus']} GPUs of {x['gpu_memory']:g} GiB, bfloat16; parameters: " + ", ".join(
         f"{name} {m.P / 1e9:.4g}e9" for name, m in (("policy", policy), ("user", user), ("reward", reward)) if m), ""]
+    drawn = ", which the data's own lengths decide" if cfg.user == "dataset" else ""
     parts = list(phases["collect"])
     lines += ["| GiB on a GPU | " + " | ".join(parts) + " | sum | free |", "|---" * (len(parts) + 3) + "|"]
     for phase, row in phases.items():
@@ -469,7 +489,7 @@ def show(cfg, x):
               f"{cfg.wave * turns / H:.0f} mean dialogues (less by the prefixes that they share)",
               f"models loaded a run: {2 + bool(user) + bool(reward)} (policy's engine, trainer"
               + ", user" * bool(user) + ", reward" * bool(reward) + "); one trainer more for the evaluation's KL",
-              f"E[H] = {H:.3g}, E[h] = {h:.3g}; assumed tokens: answer {x['answer_tokens']:g}, question "
+              f"E[H] = {H:.3g}, E[h] = {h:.3g}{drawn}; assumed tokens: answer {x['answer_tokens']:g}, question "
               f"{x['question_tokens']:g}, justification {x['justification_tokens']:g}; no prompt is dropped", ""]  # fmt: skip
     pairs, saved = host_memory(cfg, x)
     lines += [f"host memory of a node: {(x['gpus'] * (pairs + PROCESS) + saved) / GIB:.0f} GiB: {pairs / GIB:.2f} a process for an "

@@ -90,6 +90,15 @@ class RewardModel:
             return self.head(rows, hidden_BTD).tolist()
 
 
+def check_unused(path, names, *free):
+    """Refuse weights that the model has no place for: layers beyond its config.json's, a head's bias, an adapter. Without
+    them scores would be finite, and another model's."""
+    unused = [name for name in names if not name.startswith(free) and not name.endswith("rotary_emb.inv_freq")]
+    if unused:
+        raise BadInput(f"--reward {path} holds {len(unused)} weights that its config.json has no place for, {sorted(unused)[0]} "
+                       "among them: does it name too few layers?")  # fmt: skip
+
+
 def at(hidden_BTD, positions):
     """One token's hidden state of each row: (B, D) float32."""
     return hidden_BTD[torch.arange(len(positions)), torch.tensor(positions)].float()
@@ -105,6 +114,7 @@ class SequenceReward(RewardModel):
             path, dtype=dtype, output_loading_info=True, trust_remote_code=False)  # fmt: skip
         if info["missing_keys"] or model.config.num_labels != 1 or not hasattr(model, "score"):
             raise BadInput(f"--reward {path} is not a sequence classifier with one label and a trained head")
+        check_unused(path, info["unexpected_keys"], "lm_head.")
         self.body = model.base_model.to(self.device).eval()
         self.weight_1D = model.score.weight.detach().float().to(self.device)
 
@@ -131,6 +141,7 @@ class ArmoRM(RewardModel):
             raise BadInput(f"--reward {path} lacks {len(info['missing_keys'])} weights of its Llama")
         self.body = self.body.to(self.device).eval()
         head = ("regression_layer.", "gating.", "reward_transform_matrix")
+        check_unused(path, info["unexpected_keys"], "lm_head.", "score.", *head)
         self.weights = {k: v.float().to(self.device) for k, v in read_weights(path, head)}
         self.temperature = read_json(os.path.join(path, "config.json")).get("gating_temperature", 10)
 

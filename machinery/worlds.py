@@ -206,8 +206,8 @@ def prompts_hash(name):
 
 
 def sources(file):
-    """The file and all modules of its folder that it imports, directly or through one another, found by reading them;
-    not those of the program, whose hash a run has anyway."""
+    """The file and all modules of its folder that it imports, directly or through one another, found by reading them, and
+    the program's own worlds (toy.py); not the rest of the program, whose hash a run has anyway."""
     folder, found, todo = os.path.dirname(file), [], [file]
     program = set(program_files())
     while todo:
@@ -219,6 +219,7 @@ def sources(file):
             tree = ast.parse(code.read())
         for node in ast.walk(tree):
             todo += modules_beside(node, folder, os.path.dirname(path))
+            todo += [place for place in modules_beside(node, ROOT, ROOT) if os.path.dirname(place) == ROOT]
     return found
 
 

@@ -31,8 +31,14 @@ GRID = {"rebel": ("eta", (10.0, 30.0, 100.0)), "dpo": ("beta", (0.03, 0.1, 0.3))
 EPOCHS = (1, 2, 4)
 
 
-def kind(method):
-    return "refuel" if method == "refuel" else method.split("-", 1)[1]
+COLLECTS = "num_prompts", "hybrid", "reset_law", "max_dialogue", "gamma"  # of a row's own values, what its pairs depend on
+
+
+def collection(method, mine, cfg):
+    """Where the first pairs of one kind of data are kept: rows share them unless their own values change them."""
+    kind = "refuel" if method == "refuel" else method.split("-", 1)[1]
+    own = [f"{name}_{getattr(mine, name)}" for name in COLLECTS if getattr(mine, name) != getattr(cfg, name)]
+    return os.path.join(cfg.out, "_".join(["pairs", kind, *own]))
 
 
 def rows(methods, vary, only, best):
@@ -43,8 +49,9 @@ def rows(methods, vary, only, best):
     for method in methods:
         loss = "rebel" if method.startswith("refuel") else method.split("-")[0]
         name, values = GRID[loss] if vary == "constants" else ("epochs", EPOCHS)
-        own = best.get(method, {}) if vary == "epochs" else {}
+        own = best.get("all", {}) | best.get(method, {}) if vary == "epochs" else {}
         for value in only or values:
+            value = int(value) if name == "epochs" else value
             found.append((f"{method}.{name}_{value:g}", method, own | {name: value}))
     return found
 
@@ -70,7 +77,7 @@ def main():
         for name, method, values in rows(baselines.choose(extra["method"]), extra["vary"], extra["values"], own):
             mine = replace(cfg, out=os.path.join(cfg.out, name), **values)
             open_folder(mine, made_of)
-            pairs = os.path.join(cfg.out, f"pairs_{kind(method)}")
+            pairs = collection(method, mine, cfg)
             if os.path.isdir(pairs) and not os.path.isdir(os.path.join(mine.out, "iter_1")):
                 shutil.copytree(pairs, os.path.join(mine.out, "iter_1"))
             cast = baselines.train(method, mine, cast)

@@ -59,7 +59,7 @@ MUTANTS = {   # the row or test that should notice: module, what stands there, w
         (C, "delta = tb.advantage(pi, log_ratio / eta - q)", "delta = log_ratio / eta - q"),
         (C, "split = (d * star * A).sum() - (d", "split = (d * star * A).sum() + (d"),
         (C, "+ eta * (star * A).sum(-1) - log_Z", "+ (star * A).sum(-1) - log_Z"),
-        (C, "((d * star * (np.abs(delta) + delta)).sum", "((d * star * (np.abs(delta) + 2 * delta)).sum"),
+        (C, "(d * star * (A + np.abs(delta))).sum()", "(d * star * (A - np.abs(delta))).sum()"),
     ],
     "one minimiser": [
         (T, "return f - (pi * f).sum", "return f - (f / f.shape[-1]).sum"),

@@ -2,8 +2,8 @@
 
     python tests/seeds.py results/toy/seed_0.json results/toy/seed_1.json --figure results/toy/figure.png
 
-Reads the results.json of as many runs of baselines.py that differ in --seed alone; a folder stands for the rows of one
-seed that were run side by side, each in a folder of its own in it. An interval over dialogues holds one
+Reads the results.json of as many runs of baselines.py that differ in --seed alone, or their folders; a folder without one
+stands for the rows of one seed that were run side by side, each in a folder of its own in it. An interval over dialogues holds one
 policy's luck with customers; the spread over seeds holds pairs, order and customers as well. Of two or three
 seeds the standard deviation itself is hardly known, so each seed's number is printed.
 """
@@ -23,34 +23,43 @@ from machinery.report import markdown, methods_figure
 
 
 def results(path):
-    """{row: its results} of a results.json, or of all FOLDER/*/results.json, whose base policies must have played alike."""
+    """{row: its results} of a results.json, of a run's folder, or of all FOLDER/*/results.json, rows that were run side by
+    side and whose base policies must have played alike."""
     if not os.path.isdir(path):
         return files.read_json(path)
+    if os.path.exists(os.path.join(path, "results.json")):
+        return files.read_json(os.path.join(path, "results.json"))
     found = {}
     for place in sorted(glob.glob(os.path.join(glob.escape(path), "*", "results.json"))):
         row = files.read_json(place)
         if found and row["base"]["reward"] != found["base"]["reward"]:
             raise files.BadInput(f"{place}: its base policy has other rewards than the first row's: other customers?")
+        for name in row.keys() & found.keys() - {"base"}:
+            raise files.BadInput(f"{place}: {name} is in another folder of {path} as well")
         found |= row
     if not found:
-        raise files.BadInput(f"{path}: no results.json in the folders in it")
+        raise files.BadInput(f"{path}: no results.json in it or in the folders in it")
     return found
 
 
 def merged(runs):
-    """One row a method that all runs have: the mean over seeds, and low and high as the least and most of them."""
+    """One row a method: the mean over seeds, and low and high as the least and most of them."""
     found = {}
-    for name in runs[0]:
+    for name in dict.fromkeys(name for run in runs for name in run):
         rows = [run[name] for run in runs if name in run]
         if len(rows) < len(runs):
             raise files.BadInput(f"{name} is missing in {len(runs) - len(rows)} of {len(runs)} files")
+        if len({(row["dialogues"] + row.get("failed", 0), len(row["win"])) for row in rows}) > 1:
+            raise files.BadInput(f"{name}: its runs have not as many dialogues, or turns")
+        if name == "base" and len({str(row["reward"]) for row in rows}) < len(rows):
+            raise files.BadInput("two of the files are of one seed: their base policies have the same rewards")
         win = np.array([row["win"] for row in rows])
         average = np.array([row["avg"] for row in rows])
         one = {"win": win.mean(0), "low": win.min(0), "high": win.max(0), "avg": average.mean(), "seeds": average,
                "sd": average.std(ddof=1), "reward": np.mean([row["reward"] for row in rows])}  # fmt: skip
         one["half"] = np.mean([(row["avg_high"] - row["avg_low"]) / 2 for row in rows])
-        for key in ("kl", "weighted", "minutes"):
-            one[key] = np.mean([row.get(key, row["avg"] if key == "weighted" else 0) for row in rows])
+        one["weighted"] = np.mean([row.get("weighted", row["avg"]) for row in rows])
+        one["kl"] = np.mean([row.get("kl", np.nan) for row in rows])  # not measured in one, not known of all
         found[name] = one | {"paper": rows[0].get("paper")}
     return found
 
@@ -63,7 +72,8 @@ def table(rows):
         seeds = ", ".join(f"{x:.1f}" for x in row["seeds"])
         paper = f"{row['paper'][5]:.2f}" if row["paper"] else ""
         lines.append([name, *(f"{x:.1f}" for x in row["win"]), f"{row['avg']:.1f}", seeds, f"{row['sd']:.1f}",
-                      f"{row['half']:.1f}", f"{row['weighted']:.1f}", f"{row['reward']:.3f}", f"{row['kl']:.2f}", paper])  # fmt: skip
+                      f"{row['half']:.1f}", f"{row['weighted']:.1f}", f"{row['reward']:.3f}",
+                      "-" if np.isnan(row["kl"]) else f"{row['kl']:.2f}", paper])  # fmt: skip
     return "\n".join(markdown(heads, lines))
 
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 import baselines
+import grid
 from machinery import files
 import refuel
+import seeds
 import simulator
 import toy
 from baselines import METHODS, dpo_loss, rloo_loss
@@ -328,3 +330,61 @@ def test_figure_2_begins_at_a_half_where_the_reference_is_where_training_begins(
     monkeypatch.setattr(baselines.evaluate, "evaluate", lambda places, *rest, **more: ({name: {"avg": 60.0} for name in places}, {}))
     assert baselines.curves(["refuel"], cfg, ()) == {"refuel": [(0, 50.0), (3, 60.0)]}
     assert baselines.curves(["refuel"], replace(cfg, reference="another"), ()) == {"refuel": [(3, 60.0)]}
+
+
+def test_every_iterations_optimiser_has_its_losss_epsilon(monkeypatch, base, tmp_path):
+    made, make = [], refuel.make_optimizer
+    monkeypatch.setattr(refuel, "make_optimizer", lambda *args: (made.append(make(*args)), made[-1])[1])
+    cfg = refuel.read_config(f"--setting toy --policy {base} --out {tmp_path} --engine transformers --num-prompts 8 "
+                             "--batch-size 8 --wave 8 --epochs 1 --eta 10".split())  # fmt: skip
+    for row, epsilon in (("dpo-lt-online", 1e-8), ("refuel", 1e-10)):
+        made.clear()
+        (tmp_path / row).mkdir()
+        baselines.train(row, replace(cfg, out=str(tmp_path / row)))
+        assert [optimizer.defaults["eps"] for optimizer in made] == pytest.approx([epsilon] * 3)  # one more at the end
+
+
+def seeds_of(tmp_path, **runs):
+    """Folders of runs: {name: rows, or rows of rows that were run side by side}."""
+    places = []
+    for name, rows in runs.items():
+        for place, found in rows.items() if "base" not in rows else [("", rows)]:
+            (tmp_path / name / place).mkdir(parents=True)
+            files.write_file(str(tmp_path / name / place / "results.json"), json.dumps(found))
+        places.append(str(tmp_path / name))
+    return [seeds.results(place) for place in places]
+
+
+def some_row(avg, reward=0.5, **more):
+    return dict(win=[avg, avg], low=[avg, avg], high=[avg, avg], avg=avg, avg_low=avg - 1, avg_high=avg + 1, reward=[reward] * 2,
+                dialogues=40) | more  # fmt: skip
+
+
+def test_seeds_of_unlike_runs_are_not_put_together(tmp_path):
+    one, two = (dict(base=some_row(50.0, r, kl=0), refuel=some_row(avg, kl=kl)) for r, avg, kl in ((0.3, 70.0, 2.0), (0.31, 72.0, 4.0)))
+    found = seeds.merged(seeds_of(tmp_path / "a", one=one, two=two))
+    assert found["refuel"]["avg"] == 71 and found["refuel"]["kl"] == 3 and found["refuel"]["sd"] == pytest.approx(2**0.5)
+    side = dict(x=dict(base=one["base"], refuel=one["refuel"]), y=dict(base=one["base"], dpo=some_row(60.0)))
+    (three,) = seeds_of(tmp_path / "b", side=side)
+    assert list(three) == ["base", "refuel", "dpo"]
+    (tmp_path / "a" / "one" / "curve").mkdir()  # Figure 2's snapshots are no rows of the run
+    files.write_file(str(tmp_path / "a" / "one" / "curve" / "results.json"), json.dumps(dict(base=one["base"], step=some_row(1.0))))
+    assert seeds.results(str(tmp_path / "a" / "one")) == one
+    unknown = seeds.merged([one, dict(base=two["base"], refuel=some_row(72.0))])
+    assert "| - |" in seeds.table(unknown)  # a KL that was not measured is none, and not 0
+    for runs, words in (([one, dict(base=two["base"])], "refuel is missing in 1 of 2"), ([dict(base=two["base"]), one], "refuel is missing"),
+                        ([one, one], "of one seed"), ([one, two | dict(refuel=some_row(72.0, dialogues=20))], "as many dialogues")):
+        with pytest.raises(files.BadInput, match=words):
+            seeds.merged(runs)
+    with pytest.raises(files.BadInput, match="refuel is in another folder"):
+        seeds_of(tmp_path / "c", side=dict(x=side["x"], y=side["x"]))
+
+
+def test_the_grids_rows_share_pairs_unless_their_own_values_change_them(cfg):
+    place = grid.collection("dpo-refuel", cfg, cfg)
+    assert place == grid.collection("refuel", replace(cfg, eta=3.0, beta=0.7), cfg) != grid.collection("dpo-mt-mixed", cfg, cfg)
+    for name, value in (("reset_law", "uniform"), ("num_prompts", 7), ("gamma", 0.5)):
+        assert grid.collection("refuel", replace(cfg, **{name: value}), cfg) != place
+    best = {"all": {"reset_law": "uniform"}, "refuel": {"eta": 3.0}}
+    ((_, _, values),) = grid.rows(["refuel"], "epochs", [2.0], best)
+    assert values == {"reset_law": "uniform", "eta": 3.0, "epochs": 2} and type(values["epochs"]) is int

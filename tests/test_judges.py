@@ -196,6 +196,7 @@ def test_a_judge_whose_context_is_too_short_is_known_before_it_is_asked(serve, t
     enough.check_room(a, b)  # one of 40 is a failure like others
     verdicts = enough(a, b)
     assert verdicts[3] == 0.5 and enough.counts["unanswered"] == 2 and len(server.requests) == 78
+    assert (judge(sizes[-2])(a, b) == verdicts).all() and len(server.requests) == 78  # nor do they stop the command that resumes
     with pytest.raises(BadInput, match="failed 6 of 6 questions .it is longer than --judge-context leaves room for"):
         judge(90)(a[:3], b[:3])
 

@@ -273,3 +273,27 @@ def test_a_waves_dialogues_in_flight_are_those_of_drawn_resets(law):
     most, turns = plan.in_flight(5, law)
     assert most == pytest.approx(max(now), abs=0.01)
     assert turns == pytest.approx(max(n * turn for turn, n in enumerate(now, 1)), abs=0.02)
+
+
+@pytest.mark.parametrize("flags", ["--gpus 0", "--gpus x", "--mfu 0", "--answer-tokens 0", "--bandwidth -1", "--tflops nan"])
+def test_a_number_of_the_plan_that_is_none_is_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        refuel.main(["--setting", "one", "--plan", *flags.split()])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "must be a positive number" in error
+
+
+def test_setting_twos_training_is_planned_as_it_is():
+    """Four layers learn, Eq. 11 reads pi_0 as well; PaLM's 6 FLOPs a parameter and token hold where all learn."""
+    x = plan.machine(DEFAULTS)
+    rows = {}
+    for name, more in (("ultra", []), ("hh", ["--dataset", "hh"]), ("all", ["--train-layers", "0"])):
+        cfg = refuel.read_config(["--setting", "two", "--iterations", "1", *more])
+        rows[name] = plan.hours(cfg, x, plan.memory(cfg, x)[1])
+    m = plan.shape("meta-llama/Meta-Llama-3-8B-Instruct")
+    tokens, flops, _ = rows["all"]["trainer: forward and backward"]
+    assert flops == pytest.approx(6 * m.P * tokens)
+    tokens, flops, _ = rows["ultra"]["trainer: forward and backward"]
+    assert flops == pytest.approx(2 * m.P * tokens + 4 * 4 * m.layer * tokens + 2 * m.V * m.D * tokens)
+    once, twice = rows["ultra"]["trainer: forward for ln pi_t"], rows["hh"]["trainer: forward for ln pi_t, ln pi_0"]
+    assert twice[1] == pytest.approx(2 * once[1])

@@ -1,11 +1,12 @@
 """The users, reward models and data of settings one and two, on checkpoints and files that are made on the spot."""
 import asyncio
+import glob
 import json
 import os
 from collections import Counter
 from dataclasses import replace
 
-from helpers import Scripted, collected, hh, llama_config, ultra
+from helpers import Scripted, broken_checkpoint, collected, hh, llama_config, ultra
 from machinery import template, users
 import numpy as np
 import pytest
@@ -86,6 +87,24 @@ def test_armorm_scores_as_its_formula_does_without_its_code(armo, load, llama3):
     expected = [slow_armo(armo, rewards.conversation_ids(llama3, d.messages)) for d in talks()]
     assert torch.tensor(reward(talks())).allclose(torch.tensor(expected), atol=2e-4, rtol=1e-4)
     assert len({round(x, 2) for x in expected}) == len(expected)
+
+
+@pytest.mark.parametrize("name", ["armo", "fsfairx"])
+def test_a_reward_model_with_weights_that_would_be_left_out_is_refused(name, request, load, tmp_path):
+    """transformers names them and goes on: fewer layers, or a head without its bias, give finite scores as well."""
+    from safetensors.torch import load_file, save_file
+
+    path = broken_checkpoint(request.getfixturevalue(name), tmp_path / "copy", lambda path: None)
+    load(path)
+    config = files.read_json(f"{path}/config.json")
+    files.write_file(f"{path}/config.json", json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] - 1}))
+    with pytest.raises(BadInput, match="weights that its config.json has no place for, .*layers.1"):
+        load(path)
+    files.write_file(f"{path}/config.json", json.dumps(config))
+    (file,) = glob.glob(f"{path}/*.safetensors")
+    save_file(load_file(file) | {"adapter.bias" if name == "armo" else "score.bias": torch.ones(1)}, file, {"format": "pt"})
+    with pytest.raises(BadInput, match="holds 1 weights that its config.json has no place for, .*bias"):
+        load(path)
 
 
 def test_fsfairx_scores_as_a_classifier_of_one_conversation_padded_on_the_left(fsfairx, load, llama3):

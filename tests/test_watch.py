@@ -54,6 +54,13 @@ def test_nothing_that_a_dialogue_says_is_html_of_the_page(folder):
     assert not re.search(r"(src|href)=\"?http", text)  # nothing is fetched
 
 
+def test_openings_are_ordered_by_the_last_evaluations_policy_and_an_earlier_ones_is_left_out(folder):
+    files.write_sealed(os.path.join(folder, "eval", "older.jsonl"), [vars(dialogue(f"older {i}", EVIL)) for i in range(30)])
+    files.write_file(os.path.join(folder, "results.json"), json.dumps({"base": {}, "iter_1": {}}))
+    found = page.openings(folder)
+    assert found["names"] == ["base", "iter_1"] and [side["reward"] for side in found["rows"][3]["sides"]] == [0.0, 3]
+
+
 def test_the_page_shows_pairs_at_equal_steps_of_the_difference_and_says_how_many(folder):
     _, data = shown(page.write(folder))
     found, of = data["pairs"][0]["pairs"], data["pairs"][0]["of"]

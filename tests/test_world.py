@@ -19,6 +19,7 @@ import refuel
 import shop
 import simulator
 import toy
+import usage
 from helpers import ROOT, Talker, dialogue, last_number
 from machinery import files, rewards, settings, worlds
 from machinery.files import BadInput
@@ -93,6 +94,7 @@ def test_the_prompts_are_in_the_hash_and_so_are_modules_beside_the_file(world, t
     assert worlds.fingerprint(file) != before
     assert worlds.prompts_hash(world(('"test": 64', '"test": 65'), name="other.py")) != prompts
     assert worlds.sources(toy.__file__) == [toy.__file__]  # what is the program's own has a hash anyway
+    assert set(worlds.sources(shop.__file__)) == {shop.__file__, usage.__file__, toy.__file__}  # but for a world of its own
 
 
 # --- what can be wrong -------------------------------------------------------------------------------------------

@@ -160,11 +160,11 @@ def check_proof(rng, broken=""):
         d = tb.occupancy(mdp, pi if broken == "Eq. 8: states of pi_t" else star)[..., None]
         gap = (tb.performance(mdp, star) - tb.performance(mdp, pi)).sum()
         split = (d * star * A).sum() - (d * star * delta).sum() * (broken != "Eq. 9: no Delta")
-        slack = np.minimum((d * star * (np.abs(delta) + delta)).sum((-2, -1)), 0)
+        short = np.minimum((d * star * (A + np.abs(delta))).sum() - gap, 0)  # Eq. 9's bound, with |Delta|
         log_Z = np.log((pi * np.exp(eta * A)).sum(-1)) * (broken != "Eq. 10: no ln Z")
         kl = (star * np.log(star / pis)).sum(-1)
         yield from [(new, tb.reweigh(pi, A, eta)), (gap, (d * star * tb.advantage(pi, q)).sum()), (gap, split)]
-        yield from [((pi * A).sum(-1), 0), (slack, 0), (-kl[1:], -kl[:-1] + eta * (star * A).sum(-1) - log_Z)]
+        yield from [((pi * A).sum(-1), 0), (short, 0), (-kl[1:], -kl[:-1] + eta * (star * A).sum(-1) - log_Z)]
 
 
 def check_lemma3(rng, broken="", sharp=False):
