@@ -207,8 +207,8 @@ def add_costs(results, cfg):
     """To results.json's rows what the tables have beside: P(H) and P(h) of the pairs, weighted average, pairs, minutes, the
     paper's row.
 
-    weighted: Table 6, by the lengths of the dialogues in each row's own data; the base policy has none. (Our reading: its numbers are lost. With
-    the offline data's shares for all rows REBEL-LT-MIXED would be first, 57.8 to REFUEL's 55.3.)"""
+    weighted: Table 6, by the lengths of the dialogues in each row's own data; the base policy has none. (Our reading: its
+    numbers are lost. With the offline data's shares for all rows REBEL-LT-MIXED would be first, 57.8 to REFUEL's 55.3.)"""
     for method in METHODS.keys() & results.keys():
         row, log = results[method], files.read_lines(os.path.join(cfg.out, method, "metrics.jsonl"))
         collected = [line for line in log if line["phase"] == "collect" and "wave" not in line]

@@ -177,7 +177,8 @@ def kl_estimates(logp_NH, base_NH):
     Two unbiased estimators (Schulman 2020), both a sum over turns with the mean over dialogues: k1 = ln pi/pi_0, and
     k3 = rho - 1 - ln rho with rho = pi_0/pi, never negative and quieter while pi is near pi_0 (below about a nat a turn).
     Beyond a few nats a turn k1 alone holds: k3 then waits for samples with a huge rho, which hardly ever come, and is
-    far too small (at Table 2's 16 to 122 nats, of a turn or of a conversation, it is of no use). The user's words are the same under both policies and cancel. Table 2 names no estimator."""
+    far too small (at Table 2's 16 to 122 nats, of a turn or of a conversation, it is of no use). The user's words are
+    the same under both policies and cancel. Table 2 names no estimator."""
     log_ratio_NH = logp_NH - base_NH
     k3_NH = np.exp(-log_ratio_NH) - 1 + log_ratio_NH
     row = {}

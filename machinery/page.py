@@ -152,8 +152,8 @@ def openings(folder):
     place = os.path.join(folder, "eval")
     names = [name.removesuffix(".jsonl") for name in sorted(os.listdir(place)) if name.endswith(".jsonl")] if os.path.isdir(place) else []
     order = list(results(folder))
-    names = [name for name in names if name in order or not order]  # others are an earlier evaluation's
-    names.sort(key=lambda name: (order.index(name) if name in order else len(order), name))
+    if order:  # others are an earlier evaluation's
+        names = [name for name in order if name in names]
     if not names:
         return {}
     played = {name: [brief(row) for row in files.read_sealed(os.path.join(place, f"{name}.jsonl"))] for name in names}

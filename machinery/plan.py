@@ -12,8 +12,8 @@ P parameters, S shards, T tokens of a forward, N of them scored, c bytes of a nu
 import argparse
 import math
 import os
-from functools import partial
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from machinery import worlds
@@ -378,9 +378,9 @@ def hours(cfg, x, held):
         n *= cfg.num_prompts
         if who == "trainer":
             before = n * (2 if cfg.gamma else 1)  # Eq. 11 reads pi_0 as well
-            name = "trainer: forward for ln pi_t" + ", ln pi_0" * bool(cfg.gamma)
-            rows[name] = before, 2 * m.P * before, 2 * m.P * before / (ranks * x["tflops"] * 1e12 * x["mfu"]) / 3600
-            n, name = n * cfg.epochs, "trainer: forward and backward"
+            first = "trainer: forward for ln pi_t" + ", ln pi_0" * bool(cfg.gamma)
+            rows[first] = before, 2 * m.P * before, 2 * m.P * before / (ranks * x["tflops"] * 1e12 * x["mfu"]) / 3600
+            n *= cfg.epochs
             through = 4 * cfg.train_layers * m.layer + 2 * m.V * m.D if cfg.train_layers else 4 * m.P  # back to the first that learns
         flops = (2 * m.P + (through if who == "trainer" else 0)) * n
         if what == "sampled":  # every step reads the weights once and each dialogue's cache

@@ -3,8 +3,8 @@
     python tests/seeds.py results/toy/seed_0.json results/toy/seed_1.json --figure results/toy/figure.png
 
 Reads the results.json of as many runs of baselines.py that differ in --seed alone, or their folders; a folder without one
-stands for the rows of one seed that were run side by side, each in a folder of its own in it. An interval over dialogues holds one
-policy's luck with customers; the spread over seeds holds pairs, order and customers as well. Of two or three
+stands for the rows of one seed that were run side by side, each in a folder of its own in it. An interval over dialogues
+holds one policy's luck with customers; the spread over seeds holds pairs, order and customers as well. Of two or three
 seeds the standard deviation itself is hardly known, so each seed's number is printed.
 """
 import sys
