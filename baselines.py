@@ -12,7 +12,7 @@ import machinery  # noqa: F401  (first: it sets what torch and vLLM read when th
 import json
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import partial
 from typing import Callable, NamedTuple
@@ -204,8 +204,8 @@ def published(method, cfg, columns):
 
 
 def add_costs(results, cfg):
-    """To results.json's rows what the tables have beside: P(H) and P(h) of the pairs, weighted average, pairs, minutes, the
-    paper's row.
+    """To results.json's rows what the tables have beside: P(H) and P(h) of the pairs, weighted average, pairs, minutes,
+    tokens sampled, the paper's row; held_out: of each iteration its held-out loss before the first step and at its best.
 
     weighted: Table 6, by the lengths of the dialogues in each row's own data; the base policy has none. (Our reading: its
     numbers are lost. With the offline data's shares for all rows REBEL-LT-MIXED would be first, 57.8 to REFUEL's 55.3.)"""
@@ -215,6 +215,12 @@ def add_costs(results, cfg):
         trained = {line["iteration"]: line["seconds"] for line in log if line["phase"] == "regress"}  # the last step's
         row["minutes"] = round((sum(line["seconds"] for line in collected) + sum(trained.values())) / 60, 2)
         row["pairs"] = sum(line["pairs"] for line in collected)
+        row["sampled"] = sum(spent.get("decode", 0) for line in collected for spent in line["tokens"].values())
+        looks = defaultdict(list)
+        for line in log:
+            if "held_out_loss" in line:
+                looks[line["iteration"]] += line["held_out_start"], line["held_out_loss"]
+        row["held_out"] = [[seen[0], min(seen)] for seen in looks.values()]
         for name in ("P(H)", "P(h)"):
             turns = max(len(line[name]) for line in collected)
             counts_TN = [line["pairs"] * np.pad(line[name], (0, turns - len(line[name]))) for line in collected]

@@ -57,12 +57,13 @@ def rows(methods, vary, only, best):
 
 
 def best_look(log, t):
-    """(the step of iteration t's least held-out loss, 0 where pi_t was kept; the last step)."""
+    """(the step of iteration t's least held-out loss, 0 where pi_t was kept; the last step); None where nothing was held
+    out."""
     looks = {}
     for row in log:
         if "held_out_loss" in row and row["iteration"] == t:
             looks |= {0: row["held_out_start"], row["step"] + 1: row["held_out_loss"]}
-    return min(looks, key=looks.get), max(looks)
+    return (min(looks, key=looks.get), max(looks)) if looks else None
 
 
 def main():
@@ -92,7 +93,7 @@ def main():
             row = results[name] | {"values": values, "best_looks": best}
             results[name] = row
             shown = f"{row['avg']:.1f} [{row['avg_low']:.1f}, {row['avg_high']:.1f}]"
-            table.append([name, shown, f"{row['kl']:.1f}", ", ".join(f"{step} of {last}" for step, last in best)])
+            table.append([name, shown, f"{row['kl']:.1f}", ", ".join("{} of {}".format(*look) if look else "none" for look in best)])
         text = "\n".join(markdown(["row and value", "average win rate, %", "KL", "best look, by iteration"], table))
         files.write_file(os.path.join(cfg.out, "grid.md"), text + "\n")
         files.write_file(os.path.join(cfg.out, "grid.json"), json.dumps(results, indent=1))

@@ -3,7 +3,8 @@
     python tests/seeds.py results/toy/seed_0.json results/toy/seed_1.json --figure results/toy/figure.png
 
 Reads the results.json of as many runs of baselines.py that differ in --seed alone, or their folders; a folder without one
-stands for the rows of one seed that were run side by side, each in a folder of its own in it. An interval over dialogues
+stands for the rows of one seed that were run side by side, each in a folder of its own in it. A row that some seeds lack
+is the mean of those that have it, and each seed's own number says which. An interval over dialogues
 holds one policy's luck with customers; the spread over seeds holds pairs, order and customers as well. Of two or three
 seeds the standard deviation itself is hardly known, so each seed's number is printed.
 """
@@ -43,25 +44,38 @@ def results(path):
 
 
 def merged(runs):
-    """One row a method: the mean over seeds, and low and high as the least and most of them."""
+    """One row a method: the mean over the seeds that have it, and low and high as the least and most of them."""
     found = {}
     for name in dict.fromkeys(name for run in runs for name in run):
         rows = [run[name] for run in runs if name in run]
-        if len(rows) < len(runs):
-            raise files.BadInput(f"{name} is missing in {len(runs) - len(rows)} of {len(runs)} files")
+        if name == "base" and len(rows) < len(runs):
+            raise files.BadInput(f"base is missing in {len(runs) - len(rows)} of {len(runs)} files")
         if len({(row["dialogues"] + row.get("failed", 0), len(row["win"])) for row in rows}) > 1:
             raise files.BadInput(f"{name}: its runs have not as many dialogues, or turns")
         if name == "base" and len({str(row["reward"]) for row in rows}) < len(rows):
             raise files.BadInput("two of the files are of one seed: their base policies have the same rewards")
         win = np.array([row["win"] for row in rows])
         average = np.array([row["avg"] for row in rows])
-        one = {"win": win.mean(0), "low": win.min(0), "high": win.max(0), "avg": average.mean(), "seeds": average,
-               "sd": average.std(ddof=1), "reward": np.mean([row["reward"] for row in rows])}  # fmt: skip
+        one = {"win": win.mean(0), "low": win.min(0), "high": win.max(0), "avg": average.mean(),
+               "seeds": [run[name]["avg"] if name in run else np.nan for run in runs],
+               "sd": average.std(ddof=1) if len(rows) > 1 else np.nan, "reward": np.mean([row["reward"] for row in rows])}  # fmt: skip
         one["half"] = np.mean([(row["avg_high"] - row["avg_low"]) / 2 for row in rows])
         one["weighted"] = np.mean([row.get("weighted", row["avg"]) for row in rows])
-        one["kl"] = np.mean([row.get("kl", np.nan) for row in rows])  # not measured in one, not known of all
+        for key in ("kl", "pairs", "minutes", "sampled", "length"):  # not measured in one, not known of all
+            one[key] = np.mean([np.mean(row.get(key, np.nan)) for row in rows])
+        if all(row.get("held_out") for row in rows):
+            one["held_out"] = np.mean([row["held_out"] for row in rows], axis=0)
         found[name] = one | {"paper": rows[0].get("paper")}
     return found
+
+
+def number(value, digits):
+    """What is not known is no number.
+
+    >>> number(2.345, 1), number(float("nan"), 1)
+    ('2.3', '-')
+    """
+    return "-" if np.isnan(value) else f"{value:.{digits}f}"
 
 
 def table(rows):
@@ -69,11 +83,22 @@ def table(rows):
              "sd over seeds", "half interval over dialogues", "weighted", "reward", "KL", "paper's average"]  # fmt: skip
     lines = []
     for name, row in rows.items():
-        seeds = ", ".join(f"{x:.1f}" for x in row["seeds"])
+        seeds = ", ".join(number(x, 1) for x in row["seeds"])
         paper = f"{row['paper'][5]:.2f}" if row["paper"] else ""
-        lines.append([name, *(f"{x:.1f}" for x in row["win"]), f"{row['avg']:.1f}", seeds, f"{row['sd']:.1f}",
-                      f"{row['half']:.1f}", f"{row['weighted']:.1f}", f"{row['reward']:.3f}",
-                      "-" if np.isnan(row["kl"]) else f"{row['kl']:.2f}", paper])  # fmt: skip
+        lines.append([name, *(f"{x:.1f}" for x in row["win"]), f"{row['avg']:.1f}", seeds, number(row["sd"], 1),
+                      f"{row['half']:.1f}", f"{row['weighted']:.1f}", f"{row['reward']:.3f}", number(row["kl"], 2), paper])  # fmt: skip
+    return "\n".join(markdown(heads, lines))
+
+
+def costs(rows):
+    """What a seed of each row took, the length of its answers, and of each iteration its own held-out loss before the
+    first step and at its best."""
+    heads = ["method", "pairs", "tokens sampled", "minutes", "tokens an answer", "held-out loss, by iteration"]
+    lines = []
+    for name, row in rows.items():
+        looks = ", ".join(f"{start:.4f} to {best:.4f}" for start, best in row.get("held_out", ()))
+        lines.append([name, number(row["pairs"], 0), number(row["sampled"], 0), number(row["minutes"], 1),
+                      number(row["length"], 1), looks])  # fmt: skip
     return "\n".join(markdown(heads, lines))
 
 
@@ -86,6 +111,8 @@ def main():
     with one_line("tests/seeds.py"):
         rows = merged([results(path) for path in flags.files])
         print(table(rows))
+        if any("held_out" in row for row in rows.values()):
+            print(f"\n{costs(rows)}")
         if flags.figure:
             curve = json.load(open(flags.curve)) if flags.curve else {}
             kinds = ["lt-offline", "lt-mixed", "lt-online", "mt-mixed", "refuel", "hybrid"]

@@ -162,13 +162,17 @@ def test_table_6_weighs_by_each_rows_own_lengths_and_setting_two_shows_table_2(t
     row = {"win": [50.0, 60.0], "low": [49.0, 59.0], "high": [51.0, 61.0], "avg": 55.0, "avg_low": 54.0, "avg_high": 56.0,
            "reward": [0.1, 0.2], "dialogues": 500, "kl": 1.0}  # fmt: skip
     run = replace(cfg, out=str(tmp_path))
-    log = [{"iteration": t, "phase": "collect", "pairs": n, "P(H)": shares, "P(h)": [1.0], "seconds": 60.0}
+    log = [{"iteration": t, "phase": "collect", "pairs": n, "P(H)": shares, "P(h)": [1.0], "seconds": 60.0,
+            "tokens": {"policy": {"prefill": 9, "decode": 5}, "user": {"prefill": 9, "decode": 2}}}
            for t, n, shares in ((1, 30, [1.0]), (2, 10, [0.0, 1.0]))]  # fmt: skip
+    log += [{"iteration": t, "phase": "regress", "seconds": 0.0, "held_out_start": 0.5, "held_out_loss": loss}
+            for t, loss in ((1, 0.4), (1, 0.3), (1, 0.35), (2, 0.6))]  # fmt: skip
     for method in ("refuel", "rebel-mt-mixed"):
         (tmp_path / method).mkdir()
         files.write_lines(str(tmp_path / method / "metrics.jsonl"), log)
     found = baselines.add_costs({"base": dict(row), "refuel": dict(row)}, run)["refuel"]
     assert found["P(H)"] == [0.75, 0.25] and found["P(h)"] == [1.0] and found["weighted"] == 52.5 and (found["pairs"], found["minutes"]) == (40, 2.0)
+    assert found["sampled"] == 14 and found["held_out"] == [[0.5, 0.3], [0.5, 0.5]]  # the second iteration kept pi_t
     whole = {k: v[:1] if isinstance(v, list) else v for k, v in row.items()}
     two = replace(run, user="dataset", dataset="data/hh")
     results = baselines.add_costs({"base": dict(whole), "rebel-mt-mixed": dict(whole)}, two)
@@ -372,12 +376,21 @@ def test_seeds_of_unlike_runs_are_not_put_together(tmp_path):
     assert seeds.results(str(tmp_path / "a" / "one")) == one
     unknown = seeds.merged([one, dict(base=two["base"], refuel=some_row(72.0))])
     assert "| - |" in seeds.table(unknown)  # a KL that was not measured is none, and not 0
-    for runs, words in (([one, dict(base=two["base"])], "refuel is missing in 1 of 2"), ([dict(base=two["base"]), one], "refuel is missing"),
-                        ([one, one], "of one seed"), ([one, two | dict(refuel=some_row(72.0, dialogues=20))], "as many dialogues")):
+    for runs, each, sd in (([one, dict(base=two["base"])], "70.0, -", "-"), ([dict(base=two["base"]), one], "-, 70.0", "-"),
+                           ([dict(base=some_row(50.0, 0.4)), one, two], "-, 70.0, 72.0", "1.4")):
+        line = seeds.table(seeds.merged(runs)).splitlines()[-1]
+        assert line.split(" | ")[0] == "| refuel" and f" | {each} | {sd} | " in line  # which seeds a mean is of
+    for runs, words in (([one, dict(refuel=two["refuel"])], "base is missing in 1 of 2"), ([one, one], "of one seed"), ([one, two | dict(refuel=some_row(72.0, dialogues=20))], "as many dialogues")):
         with pytest.raises(files.BadInput, match=words):
             seeds.merged(runs)
     with pytest.raises(files.BadInput, match="refuel is in another folder"):
         seeds_of(tmp_path / "c", side=dict(x=side["x"], y=side["x"]))
+
+
+def test_a_grid_says_where_each_iterations_best_look_was():
+    log = [{"iteration": t, "step": step, "held_out_start": 0.5, "held_out_loss": loss}
+           for t, step, loss in ((1, 13, 0.4), (1, 27, 0.3), (1, 41, 0.35), (2, 13, 0.6))]  # fmt: skip
+    assert [grid.best_look(log, t) for t in (1, 2, 3)] == [(28, 42), (0, 14), None]  # the third held nothing out
 
 
 def test_the_grids_rows_share_pairs_unless_their_own_values_change_them(cfg):
