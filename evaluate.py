@@ -163,6 +163,7 @@ def summary(dialogues, reference, judge, reward, turns=None, earned=None, same_w
             row[name] = judge.counts[name] - before[name]
         row["flip_rate"] = 100 * row["flips"] / max(1, row["asked"])
     row["turns"] = np.mean([len(d.spans) for d in dialogues])
+    row["cut"] = 100 * np.mean([flag for d in dialogues for flag in d.truncated])  # answers that met the token limit, %
     return {k: np.round(v, 4).tolist() for k, v in row.items()} | {"dialogues": len(dialogues)}
 
 

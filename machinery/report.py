@@ -50,10 +50,12 @@ def win_cells(row, paper=()):
 
 def footer(results):
     """What an interval is, and how far it can be trusted: of a dozen dialogues it covers the truth less often than it says
-    (bootstraps of 12 to 16 dialogues: 88 to 94 %, measured)."""
+    (bootstraps of 12 to 16 dialogues: 88 to 94 %, measured); and whose answers ended at the token limit."""
     dialogues = min(row["dialogues"] for row in results.values())
     few = "" if dialogues >= 100 else ", too few for that: such intervals hold the truth in 88 to 94 % of cases"
-    return f"win rates are against base, ties half, 95 % bootstrap intervals over {dialogues} dialogues{few}"
+    cut = ", ".join(f"{name} {row['cut']:.1f}" for name, row in results.items() if row.get("cut"))
+    cut = f"; answers cut at the token limit, %: {cut}" if cut else ""
+    return f"win rates are against base, ties half, 95 % bootstrap intervals over {dialogues} dialogues{few}{cut}"
 
 
 def table(results):

@@ -119,6 +119,7 @@ def dialogue(*answers):
         n = len(answer.split())
         d.spans.append((len(d.ids) + 1, len(d.ids) + 1 + n))
         d.ids += [0] * (n + 1)
+        d.truncated.append(False)
         d.messages += [{"role": "user", "content": "go on"}, {"role": "assistant", "content": answer}]
     return d
 

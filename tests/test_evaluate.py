@@ -47,6 +47,15 @@ def test_a_policy_against_itself_has_exactly_50_with_intervals_of_no_width():
     assert row["length"] == [5.0, 1.0]
 
 
+def test_answers_that_were_cut_are_counted_and_named_below_the_table():
+    a, b = [dialogue("1", "5"), dialogue("2", "2")], [dialogue("0", "9"), dialogue("2", "2")]
+    a[1].truncated = [False, True]
+    rows = {name: evaluate.summary(d, b, by_reward(last_number), last_number) for name, d in (("base", b), ("tuned", a))}
+    assert [row["cut"] for row in rows.values()] == [0.0, 25.0]
+    assert report.footer(rows).endswith("; answers cut at the token limit, %: tuned 25.0")
+    assert "cut" not in report.footer({"base": rows["base"]})
+
+
 def test_intervals_over_dialogues_cover_and_intervals_over_turns_would_not():
     """The turns of a dialogue share its luck: 95 % intervals must hold the truth in about 95 % of the experiments."""
     rng, covered, naive, runs = np.random.default_rng(0), 0, 0, 300
