@@ -204,8 +204,9 @@ def published(method, cfg, columns):
 
 
 def add_costs(results, cfg):
-    """To results.json's rows what the tables have beside: P(H) and P(h) of the pairs, weighted average, pairs, minutes,
-    tokens sampled, the paper's row; held_out: of each iteration its held-out loss before the first step and at its best.
+    """To results.json's rows what the tables have beside: P(H) and P(h) of the pairs, weighted average, pairs, their tokens
+    (the prefix once), minutes, the paper's row; held_out: of each iteration its held-out loss before the first step and at
+    its best, None where nothing was held out.
 
     weighted: Table 6, by the lengths of the dialogues in each row's own data; the base policy has none. (Our reading: its
     numbers are lost. With the offline data's shares for all rows REBEL-LT-MIXED would be first, 57.8 to REFUEL's 55.3.)"""
@@ -215,18 +216,19 @@ def add_costs(results, cfg):
         trained = {line["iteration"]: line["seconds"] for line in log if line["phase"] == "regress"}  # the last step's
         row["minutes"] = round((sum(line["seconds"] for line in collected) + sum(trained.values())) / 60, 2)
         row["pairs"] = sum(line["pairs"] for line in collected)
-        row["sampled"] = sum(spent.get("decode", 0) for line in collected for spent in line["tokens"].values())
+        if all("pair_tokens" in line for line in collected):
+            row["pair_tokens"] = sum(line["pair_tokens"] for line in collected)
         looks = defaultdict(list)
         for line in log:
             if "held_out_loss" in line:
                 looks[line["iteration"]] += line["held_out_start"], line["held_out_loss"]
-        row["held_out"] = [[seen[0], min(seen)] for seen in looks.values()]
+        row["held_out"] = [[looks[t][0], min(looks[t])] if t in looks else None for t in trained] if looks else []
         for name in ("P(H)", "P(h)"):
             turns = max(len(line[name]) for line in collected)
             counts_TN = [line["pairs"] * np.pad(line[name], (0, turns - len(line[name]))) for line in collected]
             row[name] = np.round(np.sum(counts_TN, axis=0) / row["pairs"], 4).tolist()
         row["paper"] = published(method, cfg, len(row["win"]))
-        if len(row["win"]) >= len(row["P(H)"]) > 1:
+        if cfg.user != "dataset" and len(row["win"]) >= len(row["P(H)"]):
             row["weighted"] = round(float(np.dot(row["win"][: len(row["P(H)"])], row["P(H)"]) / sum(row["P(H)"])), 4)
     return results
 
@@ -364,8 +366,10 @@ def main(argv=None):
         plan.check(cfg)
         open_folder(cfg, made_of)
         watch.TRACK["with"] = extra["track"]
-        for method in methods:
-            open_folder(method_config(method, cfg, given), made_of)
+        for method in METHODS:  # what is finished will stand in the same table
+            mine = method_config(method, cfg, given)
+            if method in methods or os.path.isdir(policy_folder(mine.out, mine.iterations)):
+                open_folder(mine, made_of)
         _, failed = run(methods, cfg, given)
         for method, error in failed.items():
             print(f"baselines.py: {method}: {error}", file=sys.stderr)

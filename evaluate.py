@@ -131,15 +131,17 @@ def scored(dialogues, reward, turns=None):
 
 
 def at_equal_length(dialogues, reference, verdict_NH, turns):
-    """Tokens an answer at each stage, and the win rates at equal length; of dialogues whose tokens are known."""
+    """Tokens of answer h, for the turns that anybody has, and of an answer on average; the win rates at equal length; of
+    dialogues whose tokens are known."""
     seen_NH = lengths(dialogues, turns)  # what the judge saw at turn h
     longer_NH = seen_NH - lengths(reference, turns)
     turns_N = np.array([len(d.spans) for d in dialogues])
     answer_NH = np.diff(seen_NH, axis=1, prepend=0) if turns else seen_NH / turns_N[:, None]  # tokens an answer
     there_NH = turns_N[:, None] > np.arange(turns) if turns else np.ones((len(dialogues), 1))  # who has an answer h
-    length_H = answer_NH.sum(0) / there_NH.sum(0).clip(min=1)
+    length_H = answer_NH.sum(0)[there_NH.any(0)] / there_NH.sum(0)[there_NH.any(0)]
     controlled_H = np.array([length_controlled(v, x) for v, x in zip(verdict_NH.T / 100, longer_NH.T)])
-    return {"win_controlled": controlled_H, "avg_controlled": controlled_H.mean(), "length": length_H}
+    return {"win_controlled": controlled_H, "avg_controlled": controlled_H.mean(), "length": length_H,
+            "length_avg": answer_NH.sum() / there_NH.sum()}  # fmt: skip
 
 
 def summary(dialogues, reference, judge, reward, turns=None, earned=None, same_words=True):
@@ -423,6 +425,16 @@ def named(arguments):
     return policies
 
 
+def check_unseen(policies, cfg):
+    """Validation prompts are training prompts: to a run that did not hold them back they are not unseen."""
+    for path in policies.values():
+        file = os.path.join(os.path.dirname(os.path.dirname(path)), "config.json")
+        run = files.read_json(file) if not outside.is_outside(path) and os.path.exists(file) else {}
+        if cfg.eval_split == "validation" and run.get("dataset") == cfg.dataset and run.get("eval_split") != "validation":
+            raise BadInput(f"--policy {path}: its run was trained on the prompts of --eval-split validation as well: only a run "
+                           "with that flag holds them back")  # fmt: skip
+
+
 def name_of(path):
     """The last part of a path; of an iteration's policy the run's name, too."""
     parts = (os.path.abspath(path) if os.path.isdir(path) else path).removesuffix("/policy").split("/")
@@ -462,6 +474,7 @@ def main(argv=None):
         policies = named(policies)
         cfg = simulator.prepare(replace(cfg, policy=cfg.reference), trains=False)
         beside = outside.check(policies.values(), cfg)
+        check_unseen(policies, cfg)
         for path in policies.values():
             if not outside.is_outside(path):
                 files.check_positions(path, cfg)

@@ -12,6 +12,7 @@ Dimension key: H turns.
 """
 import machinery  # noqa: F401  (first: it sets what torch and vLLM read when they are imported)
 
+import functools
 import math
 import os
 import random
@@ -444,11 +445,19 @@ def open_dialogue(tokenizer, prompt, stream=(0,), system=""):
     return Dialogue.start(tokenizer, prompt.text, prompt.secret, stream, prompt.limit, prompt.system or system or None)
 
 
+@functools.lru_cache
+def short_logs(name, most):
+    """A world's conversations of others, but those with more turns than a dialogue may have."""
+    logs = worlds.load_logs(name)
+    rows = [row for row in range(len(logs)) if len(logs[row].questions) <= most]
+    return logs if len(rows) == len(logs) else Made(logs.__getitem__, rows)
+
+
 def offline_prompts(cfg, tokenizer, t, twice=False):
     """The same for the baselines that roll in by the data: finished dialogues; twice: each with a second last answer."""
     found = worlds.world_file(cfg.dataset)
     if found:
-        logs = worlds.load_logs(cfg.dataset)
+        logs = worlds.load_logs(cfg.dataset) if cfg.user == "dataset" else short_logs(cfg.dataset, cfg.max_turns)
     else:
         logs = getattr(data.load_data(cfg, tokenizer), "twice" if twice else "logs")
     if cfg.num_prompts > len(logs):

@@ -188,7 +188,7 @@ class Server:
             cut = self.one_line(f"a reply that was cut, finish_reason {finish} {said}")
         if self.options["whole"] and cut:
             return "", cut
-        if not isinstance(text, str):
+        if not isinstance(text, str) or finish not in (None, "stop", "length"):
             raise ValueError(f"a reply without text, finish_reason {finish}: {said}")
         return without_thoughts(text), cut
 

@@ -152,7 +152,8 @@ def read_data(name, tokenizer_path, fixed, max_turns, longest):
                 dropped[why] += 1
                 continue
             if fixed and log.chosen is not None:
-                usable.append(place._replace(limit=caps[1]))
+                two = place.rejected and not longer_than(tokenizer, [(log.rejected, caps[1])])[0]
+                usable.append(place._replace(limit=caps[1], rejected=two))
             prompt = Prompt(key[0], list(key[1:]), caps[1]) if fixed else Prompt(key)
             prompt = prompt._replace(system=log.system)
             prompts.setdefault(prompt.text, []).append(prompt)
@@ -228,7 +229,7 @@ def read_logs(name, places):
         if number not in wanted:
             continue
         log, place = logged(row), wanted.pop(number)
-        if isinstance(log, str) or (log.questions[0], len(log.questions), bool(log.rejected)) != place[1:4]:
+        if isinstance(log, str) or (log.questions[0], len(log.questions)) != place[1:3] or place.rejected and not log.rejected:
             wanted[number] = place
             break
         questions, answers = shared(texts, log.questions), shared(texts, log.answers)

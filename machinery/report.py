@@ -76,7 +76,7 @@ def details(results):
     rows = []
     for name, r in results.items():
         cells = [name, f"{r['avg']:.1f}"]
-        cells += [f"{r['avg_controlled']:.1f}", f"{np.mean(r['length']):.1f}"] if "length" in r else ["-"] * 2
+        cells += [f"{r['avg_controlled']:.1f}", f"{r['length_avg']:.1f}"] if "length" in r else ["-"] * 2
         cells += [f"{r['flip_rate']:.1f}", str(r["unparsable"]), str(r["unanswered"])] if "asked" in r else ["-"] * 3
         cells += [f"{r[k]:.3f} +- {r[k + '_error']:.3f}" for k in ("kl", "kl_k3")] if "kl" in r else ["-"] * 2
         rows.append(cells)
@@ -94,7 +94,7 @@ def methods_table(results):
     for name, r in results.items():
         paper = r.get("paper") or ()
         known = [f" ({x:g})" for x in paper[1:]] if whole and paper else ["", ""]
-        wins = win_cells(r, paper[:1] * 2)[:1] if whole else [*win_cells(r, paper), f"{r.get('weighted', r['avg']):.1f}"]
+        wins = win_cells(r, paper[:1] * 2)[:1] if whole else [*win_cells(r, paper), f"{r['weighted']:.1f}" if "weighted" in r else "50.0" if name == "base" else "-"]
         kl = f"{r['kl']:.2f}" if "kl" in r else "-"
         shares = ", ".join(" ".join(f"{100 * share:.0f}" for share in r[law]) for law in ("P(H)", "P(h)") if law in r)
         rows.append([name, *wins, f"{np.mean(r['reward']):.3f}{known[0]}", kl + known[1], shares, str(r.get("pairs", "")),
@@ -172,6 +172,11 @@ def turns_figure(results, path):
     save(figure, path)
 
 
+def seeds_of(row):
+    """{seed: win rates per turn}: of several seeds (tests/seeds.py) a difference is over those that both rows have."""
+    return row.get("wins") or {0: row["win"]}
+
+
 def methods_figure(results, curve, path, order):
     """Figure 1 twice, a column for each loss: win rates per turn, and below REFUEL's less each baseline's, as the paper
     draws it. Where there are curves Figure 2 in a column of its own: win rate against steps.
@@ -195,15 +200,18 @@ def methods_figure(results, curve, path, order):
             colour, dashed = colours[name.split("-", 1)[-1]], own and loss != "rebel"
             label = f"{name} (Eq. 1, for comparison)" if dashed else name
             plot_wins(top, label, r, colour, "o--" if dashed else "o-")
-            if refuel and not own:
-                turns = np.arange(1, len(r["win"]) + 1)
-                below.plot(turns, np.subtract(refuel["win"], r["win"]), "o-", color=colour, label=f"refuel - {name}")
+            common = seeds_of(refuel).keys() & seeds_of(r).keys() if refuel and not own else ()
+            if common:
+                gap_SH = [np.subtract(seeds_of(refuel)[seed], seeds_of(r)[seed]) for seed in common]
+                below.plot(np.arange(1, len(r["win"]) + 1), np.mean(gap_SH, axis=0), "o-", color=colour, label=f"refuel - {name}")
         top.axhline(50, color="0.6", lw=0.8)
         below.axhline(0, color="0.6", lw=0.8)
         top.set(title=f"{loss.upper()} and REFUEL")
-        below.set(xlabel="turn h", ylabel="REFUEL less baseline, points", xticks=np.arange(1, len(r["win"]) + 1))
+        below.set(xlabel="turn h", ylabel="REFUEL less baseline, points", xticks=np.arange(1, len(r["win"]) + 1),
+                  xlim=top.get_xlim())  # fmt: skip
         for ax in (top, below):
-            ax.legend(frameon=False, fontsize=7)
+            if ax.get_legend_handles_labels()[0]:  # no row may share a seed with REFUEL
+                ax.legend(frameon=False, fontsize=7)
     if curve:
         last = axes[0][-1]
         for name, points in curve.items():

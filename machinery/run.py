@@ -269,7 +269,8 @@ class Run:
         row = {"iteration": self.t, "phase": "collect", "pairs": len(pairs), "dropped": dropped,
                "reward": float(reward_N.mean()), "reward_error": float(reward_N.std() / len(pairs) ** 0.5),
                "P(H)": shares([p.H for p in pairs]), "P(h)": shares([p.h for p in pairs]),
-               "tokens": tokens, "seconds": seconds}  # fmt: skip
+               "pair_tokens": sum(len(p.prefix) + len(p.y) + len(p.y2) for p in pairs), "tokens": tokens,
+               "seconds": seconds}  # fmt: skip
         if any(truncated for p in pairs for truncated in p.truncated):  # published pairs do not say
             row["truncated"] = cut_answers(pairs)
         if broken[1]:

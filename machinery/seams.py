@@ -63,7 +63,7 @@ def of_each(function, dialogues, flag):
         raise
     except mistakes as error:
         raise BadInput(f"{flag} {failed_at(error, source(function))}; {culprit(function, dialogues)}") from error
-    if not hasattr(values, "__len__") or isinstance(values, (str, bytes, dict)) or len(values) != len(dialogues):
+    if not hasattr(values, "__len__") or isinstance(values, (str, bytes, dict, set, frozenset)) or len(values) != len(dialogues):
         given = f"{len(values)} values" if hasattr(values, "__len__") else f"a {type(values).__name__}"
         raise BadInput(f"{flag} gave {given} for {len(dialogues)} dialogues: a list with one for each is due{of(function)}")
     return list(values)

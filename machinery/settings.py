@@ -266,14 +266,15 @@ def read_config(argv, description=None, **more):
         found = "is missing" if setting is None else f"is none of them: {setting}{did_you_mean(setting, SETTINGS)}"
         raise BadInput(f"--setting {found}; it is one of {', '.join(SETTINGS)}")
     values = dict(SETTINGS[setting])
-    if file:
-        values |= world_values(file)
+    own = world_values(file) if file else {}
+    dataset = given.get("dataset", own.get("dataset", ""))
+    if is_hh(dataset) and worlds.world_file(dataset) is None:
+        values |= HH.get(setting, {})
+    values |= own
     if "policy" in given:
         values["reference"] = given["policy"]  # win rates and KL are against where the training begins
     if given.get("pairs"):
         values["iterations"] = 1  # a second one would train pi_2 on what pi_1 has said
-    if is_hh(given.get("dataset", "")):
-        values |= HH.get(setting, {})
     values |= given
     values["policy"] = values["policy"] or values["reference"]
     for name in ("policy", "user", "reward", "dataset"):

@@ -59,6 +59,13 @@ def load_world(name, flag):
     except (Exception, SystemExit) as error:
         del sys.modules[key]
         raise BadInput(f"{flag} {name}: {failed_at(error, file)}") from None
+    for place in sources(file)[1:]:
+        folder = ROOT if os.path.dirname(place) == ROOT else os.path.dirname(file)
+        helper = os.path.splitext(os.path.relpath(place, folder))[0].replace(os.sep, ".").removesuffix(".__init__")
+        ran = os.path.realpath(getattr(sys.modules.get(helper), "__file__", None) or place)
+        if ran != os.path.realpath(place):
+            del sys.modules[key]
+            raise BadInput(f"{flag} {name}: its {helper} is {place}, but {ran} was imported by that name: rename one of them")
     return module
 
 
@@ -140,7 +147,7 @@ def load_logs(name, flag="--dataset"):
 
 def has_questions(name):
     """Whether each secret of a world's prompts is a list of the user's further turns, as --user dataset asks them."""
-    for _, secret in load_prompts(name, "train"):
+    for _, secret in load_prompts(name, "train") + load_prompts(name, "test"):
         if not isinstance(secret, list) or not all(isinstance(text, str) and text.strip() for text in secret):
             return False
     return True
@@ -202,6 +209,9 @@ def fingerprint(name):
 def prompts_hash(name):
     """A hash of all prompts, whatever they were made of."""
     both = [load_prompts(name, split) for split in ("train", "test")]
+    if both[0] == both[1]:
+        raise BadInput(f"--dataset {name}: prompts(split) gives one list for 'train' and for 'test': policies would be judged on "
+                       "what they were trained on")  # fmt: skip
     return hashlib.sha256(json.dumps(both).encode()).hexdigest()
 
 

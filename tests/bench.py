@@ -430,7 +430,7 @@ def measure_step(args):
 def step_table(found):
     """On a GPU the share is also given of an H100's 989 TFLOP/s, which is what is called MFU."""
     lines = [f"matrix products: {found['matmul'] / 1e9:.0f} GFLOP/s", ""]
-    lines += ["| layout | pairs a second | time | FLOPs | of the matmul rate | peak memory, GB | log-probs differ by |"]
+    lines += ["| layout | pairs a second | time | FLOPs | of the matmul rate | peak memory, GiB | log-probs differ by |"]
     lines.append("|---" * 7 + "|")
     for name, r in found["rows"].items():
         mfu = f", MFU {100 * r['share'] * found['matmul'] / 989e12:.0f} %" if found["device"] == "cuda" else ""

@@ -4,15 +4,17 @@
 
 Reads the results.json of as many runs of baselines.py that differ in --seed alone, or their folders; a folder without one
 stands for the rows of one seed that were run side by side, each in a folder of its own in it. A row that some seeds lack
-is the mean of those that have it, and each seed's own number says which. An interval over dialogues
-holds one policy's luck with customers; the spread over seeds holds pairs, order and customers as well. Of two or three
-seeds the standard deviation itself is hardly known, so each seed's number is printed.
+is the mean of those that have it, and each seed's own number says which; a difference in the figure is over the seeds
+that both rows have. An interval over dialogues holds one policy's luck with customers; the spread over seeds the luck of
+pairs, their order and the same test customers' noise. Of two or three seeds the standard deviation itself is hardly
+known, so each seed's number is printed.
 """
 import sys
 
 sys.path.insert(0, ".")
 import argparse
 import glob
+import itertools
 import json
 import os
 
@@ -60,10 +62,12 @@ def merged(runs):
                "seeds": [run[name]["avg"] if name in run else np.nan for run in runs],
                "sd": average.std(ddof=1) if len(rows) > 1 else np.nan, "reward": np.mean([row["reward"] for row in rows])}  # fmt: skip
         one["half"] = np.mean([(row["avg_high"] - row["avg_low"]) / 2 for row in rows])
-        one["weighted"] = np.mean([row.get("weighted", row["avg"]) for row in rows])
-        for key in ("kl", "pairs", "minutes", "sampled", "length"):  # not measured in one, not known of all
-            one[key] = np.mean([np.mean(row.get(key, np.nan)) for row in rows])
-        if all(row.get("held_out") for row in rows):
+        one["wins"] = {seed: run[name]["win"] for seed, run in enumerate(runs) if name in run}
+        for key in ("weighted", "kl", "pairs", "pair_tokens", "minutes", "length_avg"):  # not known in one, not known of all
+            one[key] = np.mean([row.get(key, np.nan) for row in rows])
+        if name == "base":
+            one["weighted"] = 50.0
+        if all(row.get("held_out") and None not in row["held_out"] for row in rows):
             one["held_out"] = np.mean([row["held_out"] for row in rows], axis=0)
         found[name] = one | {"paper": rows[0].get("paper")}
     return found
@@ -86,19 +90,21 @@ def table(rows):
         seeds = ", ".join(number(x, 1) for x in row["seeds"])
         paper = f"{row['paper'][5]:.2f}" if row["paper"] else ""
         lines.append([name, *(f"{x:.1f}" for x in row["win"]), f"{row['avg']:.1f}", seeds, number(row["sd"], 1),
-                      f"{row['half']:.1f}", f"{row['weighted']:.1f}", f"{row['reward']:.3f}", number(row["kl"], 2), paper])  # fmt: skip
+                      f"{row['half']:.1f}", number(row["weighted"], 1), f"{row['reward']:.3f}", number(row["kl"], 2), paper])  # fmt: skip
     return "\n".join(markdown(heads, lines))
 
 
 def costs(rows):
     """What a seed of each row took, the length of its answers, and of each iteration its own held-out loss before the
-    first step and at its best."""
-    heads = ["method", "pairs", "tokens sampled", "minutes", "tokens an answer", "held-out loss, by iteration"]
+    first step and at its best; without what no file knows."""
+    heads = ["method", "pairs", "their tokens", "minutes", "tokens an answer", "held-out loss, by iteration"]
     lines = []
     for name, row in rows.items():
         looks = ", ".join(f"{start:.4f} to {best:.4f}" for start, best in row.get("held_out", ()))
-        lines.append([name, number(row["pairs"], 0), number(row["sampled"], 0), number(row["minutes"], 1),
-                      number(row["length"], 1), looks])  # fmt: skip
+        lines.append([name, number(row["pairs"], 0), number(row["pair_tokens"], 0), number(row["minutes"], 1),
+                      number(row["length_avg"], 1), looks])  # fmt: skip
+    known = [any(cell != "-" for cell in column) for column in zip(*lines)]
+    heads, *lines = [list(itertools.compress(line, known)) for line in (heads, *lines)]
     return "\n".join(markdown(heads, lines))
 
 

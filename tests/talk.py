@@ -7,8 +7,8 @@
 
 OUT/hh.jsonl      beginnings of ShareGPT's conversations, two to five turns, in Anthropic-HH's form: the questions that
                   setting two asks, and the answers that its baselines roll in by; rejected: another conversation's answer
-OUT/policy        the base policy: SmolLM2, fine-tuned on brief answers of other conversations. As it comes it talks on
-                  until it is cut, and what is cut is no answer
+OUT/policy        the base policy: SmolLM2, fine-tuned on brief answers elsewhere (of other conversations, and later in
+                  these). As it comes it talks on until it is cut, and what is cut is no answer
 OUT/reward        its first layers with a head fitted by Bradley-Terry: the brief answer that was given against another
                   conversation's. It knows whether an answer is to the point, and little else
 """

@@ -13,7 +13,7 @@ import torch
 
 import baselines
 import grid
-from machinery import files
+from machinery import files, report
 import refuel
 import seeds
 import simulator
@@ -163,7 +163,7 @@ def test_table_6_weighs_by_each_rows_own_lengths_and_setting_two_shows_table_2(t
            "reward": [0.1, 0.2], "dialogues": 500, "kl": 1.0}  # fmt: skip
     run = replace(cfg, out=str(tmp_path))
     log = [{"iteration": t, "phase": "collect", "pairs": n, "P(H)": shares, "P(h)": [1.0], "seconds": 60.0,
-            "tokens": {"policy": {"prefill": 9, "decode": 5}, "user": {"prefill": 9, "decode": 2}}}
+            "pair_tokens": 10 * n}
            for t, n, shares in ((1, 30, [1.0]), (2, 10, [0.0, 1.0]))]  # fmt: skip
     log += [{"iteration": t, "phase": "regress", "seconds": 0.0, "held_out_start": 0.5, "held_out_loss": loss}
             for t, loss in ((1, 0.4), (1, 0.3), (1, 0.35), (2, 0.6))]  # fmt: skip
@@ -172,7 +172,13 @@ def test_table_6_weighs_by_each_rows_own_lengths_and_setting_two_shows_table_2(t
         files.write_lines(str(tmp_path / method / "metrics.jsonl"), log)
     found = baselines.add_costs({"base": dict(row), "refuel": dict(row)}, run)["refuel"]
     assert found["P(H)"] == [0.75, 0.25] and found["P(h)"] == [1.0] and found["weighted"] == 52.5 and (found["pairs"], found["minutes"]) == (40, 2.0)
-    assert found["sampled"] == 14 and found["held_out"] == [[0.5, 0.3], [0.5, 0.5]]  # the second iteration kept pi_t
+    assert found["pair_tokens"] == 400 and found["held_out"] == [[0.5, 0.3], [0.5, 0.5]]  # the second iteration kept pi_t
+    for shares, weighted in (([1.0], 50.0), ([0.2, 0.3, 0.5], None)):  # data of one turn; of more than were judged
+        (log[0]["P(H)"], log[1]["P(H)"]), log[2] = (shares, shares), log[2] | {"iteration": 2}
+        files.write_lines(str(tmp_path / "refuel" / "metrics.jsonl"), [*log[:3], log[-1]])
+        other = baselines.add_costs({"base": dict(row), "refuel": dict(row)}, run)
+        assert other["refuel"].get("weighted") == weighted and (" | - | " in report.methods_table(other)) == (weighted is None)
+        assert other["refuel"]["held_out"] == [[0.5, 0.4]]
     whole = {k: v[:1] if isinstance(v, list) else v for k, v in row.items()}
     two = replace(run, user="dataset", dataset="data/hh")
     results = baselines.add_costs({"base": dict(whole), "rebel-mt-mixed": dict(whole)}, two)
@@ -183,6 +189,32 @@ def test_table_6_weighs_by_each_rows_own_lengths_and_setting_two_shows_table_2(t
     assert "Table 1" not in text and "weighted" not in text
     assert baselines.published("refuel", replace(two, dataset="data/UltraInteract.parquet"), 1) == (79.6, 0.87, 93.19)
     assert baselines.published("refuel", replace(two, dataset="data/mine.jsonl"), 1) is None
+
+
+def test_a_finished_row_of_other_constants_is_not_put_into_the_table(monkeypatch, tmp_path, base, capsys):
+    """eta is 300 in the toy's BASELINES: with --eta 100, the setting's own, the run's configuration is that of any other run."""
+    flags = f"--setting toy --policy {base} --engine transformers --iterations 1 --out {tmp_path / 'rows'}".split()
+    monkeypatch.setattr(baselines, "run", lambda *_: ({}, {}))
+    for more in (["--method", "rebel-lt-online", "--eta", str(refuel.read_config(flags).eta)], ["--method", "refuel"]):
+        with pytest.raises(SystemExit) as stop:
+            baselines.main([*flags, *more])
+        assert stop.value.code == 0
+    os.makedirs(tmp_path / "rows" / "rebel-lt-online" / "iter_1" / "policy")
+    with pytest.raises(SystemExit) as stop:
+        baselines.main([*flags, "--method", "refuel"])
+    assert stop.value.code == 2 and "rebel-lt-online is a run with another eta" in capsys.readouterr().err
+
+
+def test_the_figures_differences_are_over_the_seeds_that_both_rows_have(monkeypatch, tmp_path):
+    runs = [dict(base=some_row(50.0, 0.1)), dict(base=some_row(50.0, 0.2)), dict(base=some_row(50.0, 0.3))]
+    for run, refuels, lt, mt in zip(runs, (None, 74.0, 72.0), (64.0, 42.0, 58.0), (69.0, None, None)):
+        for name, avg in (("refuel", refuels), ("rebel-lt-mixed", lt), ("rebel-mt-mixed", mt)):
+            run |= {name: some_row(avg)} if avg else {}
+    kept = []
+    monkeypatch.setattr(report, "save", lambda figure, path: kept.append(figure))
+    report.methods_figure(seeds.merged(runs), {}, "f.png", ["lt-mixed", "mt-mixed", "refuel"])
+    lines = {line.get_label(): list(line.get_ydata()) for line in kept[0].axes[1].lines if line.get_label().startswith("refuel")}
+    assert lines == {"refuel - rebel-lt-mixed": [23.0, 23.0]}  # (32 + 14) / 2; MT-MIXED shares no seed with REFUEL
 
 
 def test_the_papers_averages_are_those_of_its_cells():

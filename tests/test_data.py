@@ -618,6 +618,11 @@ def test_in_setting_two_the_baselines_roll_in_by_refuels_own_conversations(read,
     rows += [hh("long", "word " * 600), hh("q " * 200, "short")]
     path = write(tmp_path / "hh.jsonl", rows)
     found = read(path, fixed=True)
+    assert len(found.twice) > 3
+    endless = [row | {"rejected": row["rejected"].replace("worse", "worse " * 600)} for row in rows]
+    assert len(read(write(tmp_path / "endless.jsonl", endless), fixed=True).twice) == 0  # both answers have the limit
+    capsys.readouterr()
+    found = read(path, fixed=True)
     prompts = {(p.text, *p.secret) for p in found.train}
     assert {log.questions for log in found.logs} == prompts and len(found.logs) == len(found.train) == 24
     assert {log.questions for log in found.twice} == {key for key in prompts if len(key) == 2}

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -54,6 +55,17 @@ def test_answers_that_were_cut_are_counted_and_named_below_the_table():
     assert [row["cut"] for row in rows.values()] == [0.0, 25.0]
     assert report.footer(rows).endswith("; answers cut at the token limit, %: tuned 25.0")
     assert "cut" not in report.footer({"base": rows["base"]})
+
+
+def test_prompts_that_a_run_has_trained_on_are_no_validation(tmp_path, cfg):
+    policy = str(tmp_path / "run" / "iter_1" / "policy")
+    os.makedirs(policy)
+    for split, refused in (("test", True), ("validation", False)):
+        files.write_file(str(tmp_path / "run" / "config.json"), json.dumps({"dataset": cfg.dataset, "eval_split": split}))
+        for judged_on in ("test", "validation"):
+            with pytest.raises(BadInput, match="trained on the prompts") if refused and judged_on == "validation" else nullcontext():
+                evaluate.check_unseen({"a": policy, "b": "http://x#y"}, replace(cfg, eval_split=judged_on))
+    evaluate.check_unseen({"a": policy}, replace(cfg, eval_split="validation", dataset="another"))
 
 
 def test_intervals_over_dialogues_cover_and_intervals_over_turns_would_not():

@@ -21,7 +21,7 @@ import simulator
 import toy
 import usage
 from helpers import ROOT, Talker, dialogue, last_number
-from machinery import files, rewards, settings, worlds
+from machinery import files, rewards, settings, template, worlds
 from machinery.files import BadInput
 from machinery.seams import END
 from simulator import Dialogue
@@ -134,6 +134,8 @@ WRONG = {  # what is replaced: by what, and words of the line
     "a reward that is no number": (SCORES, "    return ['good' for d in dialogues]", ("--reward gave 'good'", "pupil", "tutor.py")),
     "one that is not finite": (SCORES, "    return [float('nan') for d in dialogues]", ("--reward", "not finite (nan)", "tutor.py")),
     "a dict of rewards": (SCORES, "    return {d.secret: 1.0 for d in dialogues}", ("--reward gave", "a list with one for each")),
+    "a set of rewards": (SCORES, "    return {100.37 + i for i, d in enumerate(dialogues)}", ("--reward gave", "a list with one")),
+    "the test's prompts for training": (PROMPTS, '    return [("a", "b"), ("c", "d")]', ("one list for 'train' and for 'test'",)),
     "yield": (SCORES, "    yield 1.0", ("--reward gave a generator",)),
 }  # fmt: skip
 
@@ -169,6 +171,44 @@ def test_a_method_that_is_near_a_right_one_is_told_the_right_one():
         baselines.choose("rebel-lt-onlin")
 
 
+def test_two_worlds_whose_helpers_have_one_name_are_refused(tmp_path, monkeypatch):
+    """The second one's import would give it the first one's file, though its own is in the fingerprint."""
+    for world, scale in (("wa", 2.0), ("wb", -5.0)):
+        (tmp_path / world).mkdir()
+        (tmp_path / world / "of_both.py").write_text(f"SCALE = {scale}\n")
+        (tmp_path / world / f"{world}.py").write_text("from of_both import SCALE\n\n\ndef reward(dialogues):\n    return [SCALE] * len(dialogues)\n")
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    first, second = (str(tmp_path / world / f"{world}.py") for world in ("wa", "wb"))
+    try:
+        assert worlds.load_reward(first)([1]) == [2.0]
+        with pytest.raises(BadInput, match="its of_both is .*wb.of_both.py, but .*wa.of_both.py was imported by that name: rename"):
+            worlds.load_reward(second)
+    finally:
+        for name in ("wa", "wb", "of_both"):
+            sys.modules.pop(name, None)
+
+
+def test_questions_of_the_data_are_asked_for_in_both_splits(monkeypatch):
+    rows = {"train": [("a", ["b"])], "test": [("c", "abc")]}
+    monkeypatch.setattr(worlds, "load_prompts", lambda name, split: rows[split])
+    assert not worlds.has_questions("w.py")
+    rows["test"] = [("c", ["abc"])]
+    assert worlds.has_questions("w.py")
+
+
+def test_a_worlds_longer_conversations_are_no_roll_ins(cfg, monkeypatch):
+    logs = [toy.load_logs()[row] for row in range(60)]
+    monkeypatch.setattr(worlds, "load_logs", lambda name: logs)
+    simulator.short_logs.cache_clear()
+    short = sum(len(log.questions) <= 2 for log in logs)
+    assert 0 < short < 60
+    rows = simulator.offline_prompts(replace(cfg, max_turns=2, num_prompts=short), template.load_tokenizer(cfg.policy), 1)
+    assert len(rows) == short and max(len(d.spans) for d in rows[:]) == 2
+    with pytest.raises(BadInput, match=f"only {short} dialogues"):
+        simulator.offline_prompts(replace(cfg, max_turns=2, num_prompts=60), template.load_tokenizer(cfg.policy), 1)
+    simulator.short_logs.cache_clear()
+
+
 # --- what the flags mean -----------------------------------------------------------------------------------------
 
 
@@ -182,6 +222,17 @@ def test_a_flag_goes_before_the_worlds_values_and_these_before_the_settings(worl
     assert (one.setting, one.eta, one.max_turns, one.reward, one.user) == ("one", 1000.0, 3, "a/b", file)
     alone = refuel.read_config(["--setting", "one", "--reward", file])
     assert alone.reward == file and alone.user.startswith("serve:") and alone.max_turns == 5 and alone.system == ""
+
+
+def test_a_worlds_data_set_brings_its_own_values_below_the_worlds(world):
+    flags = ["--setting", "two", "--policy", "a/b", "--reward", "a/b"]
+    plain = refuel.read_config([*flags, "--dataset", "Anthropic/hh-rlhf"])
+    file = world((DEFAULTS, 'DEFAULTS = dict(dataset="Anthropic/hh-rlhf", user="dataset", lr=2e-5)'))
+    named = refuel.read_config([*flags, "--world", file])
+    assert (plain.gamma, plain.penalty, plain.max_new_tokens) == (named.gamma, named.penalty, named.max_new_tokens) == (0.05, -10.0, 512)
+    assert named.lr == 2e-5 != plain.lr
+    own = world((DEFAULTS, "DEFAULTS = dict(gamma=0.7)"), name="hh.py")  # a file of that name is not Anthropic's
+    assert refuel.read_config([*flags, "--world", own]).gamma == 0.7 and refuel.read_config([*flags, "--world", own]).penalty == -4
 
 
 def test_the_toy_is_a_world_like_any_other(monkeypatch, tmp_path):
@@ -293,7 +344,7 @@ def test_a_dialogue_that_has_ended_is_compared_as_it_ended():
     a, b = [dialogue("5"), dialogue("1", "1 1 1")], [dialogue("1", "9"), dialogue("1", "1", "0")]
     row = evaluate.summary(a, b, evaluate.by_reward(last_number), last_number, turns=3)
     assert row["win"] == [75.0, 25.0, 50.0] and row["turns"] == 1.5  # 5 > 1, 5 < 9, 5 < 9; 1 = 1, 1 = 1, 1 > 0
-    assert row["length"] == [1.0, 3.0, 0.0] and row["reward"] == [3.0, 3.0, 3.0]
+    assert row["length"] == [1.0, 3.0] and row["length_avg"] == 1.6667 and row["reward"] == [3.0, 3.0, 3.0]  # nobody has an answer 3
 
 
 # --- help --------------------------------------------------------------------------------------------------------
