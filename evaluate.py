@@ -430,7 +430,8 @@ def check_unseen(policies, cfg):
     for path in policies.values():
         file = os.path.join(os.path.dirname(os.path.dirname(path)), "config.json")
         run = files.read_json(file) if not outside.is_outside(path) and os.path.exists(file) else {}
-        if cfg.eval_split == "validation" and run.get("dataset") == cfg.dataset and run.get("eval_split") != "validation":
+        same = os.path.realpath(run.get("dataset", "")) == os.path.realpath(cfg.dataset)  # of a hub id: the same id
+        if cfg.eval_split == "validation" and same and run.get("eval_split") != "validation":
             raise BadInput(f"--policy {path}: its run was trained on the prompts of --eval-split validation as well: only a run "
                            "with that flag holds them back")  # fmt: skip
 

@@ -188,8 +188,10 @@ class Server:
             cut = self.one_line(f"a reply that was cut, finish_reason {finish} {said}")
         if self.options["whole"] and cut:
             return "", cut
-        if not isinstance(text, str) or finish not in (None, "stop", "length"):
+        if not isinstance(text, str):
             raise ValueError(f"a reply without text, finish_reason {finish}: {said}")
+        if finish not in (None, "stop", "length"):  # half an answer, and no token limit that it met
+            raise ValueError(cut)
         return without_thoughts(text), cut
 
     def hidden(self, text):

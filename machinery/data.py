@@ -147,14 +147,14 @@ def read_data(name, tokenizer_path, fixed, max_turns, longest):
             else:
                 known[key] = part
                 new.append((key, log, caps_of(row, log), place))
-        seconds = [(log.rejected, caps[1]) if fixed and caps and log.rejected else ("", 0) for _, log, caps, _ in new]
-        reasons = zip(new, too_long(tokenizer, new, fixed, max_turns, longest), longer_than(tokenizer, seconds), strict=True)
-        for (key, log, caps, place), why, no_second in reasons:
+        second = [(log.rejected, caps[1]) if fixed and caps and log.rejected else ("", 0) for _, log, caps, _ in new]
+        reasons = zip(new, too_long(tokenizer, new, fixed, max_turns, longest), longer_than(tokenizer, second), strict=True)
+        for (key, log, caps, place), why, second_too_long in reasons:
             if why:
                 dropped[why] += 1
                 continue
             if fixed and log.chosen is not None:
-                usable.append(place._replace(limit=caps[1], rejected=place.rejected and not no_second))
+                usable.append(place._replace(limit=caps[1], rejected=place.rejected and not second_too_long))
             prompt = Prompt(key[0], list(key[1:]), caps[1]) if fixed else Prompt(key)
             prompt = prompt._replace(system=log.system)
             prompts.setdefault(prompt.text, []).append(prompt)

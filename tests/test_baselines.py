@@ -412,7 +412,8 @@ def test_seeds_of_unlike_runs_are_not_put_together(tmp_path):
                            ([dict(base=some_row(50.0, 0.4)), one, two], "-, 70.0, 72.0", "1.4")):
         line = seeds.table(seeds.merged(runs)).splitlines()[-1]
         assert line.split(" | ")[0] == "| refuel" and f" | {each} | {sd} | " in line  # which seeds a mean is of
-    for runs, words in (([one, dict(refuel=two["refuel"])], "base is missing in 1 of 2"), ([one, one], "of one seed"), ([one, two | dict(refuel=some_row(72.0, dialogues=20))], "as many dialogues")):
+    for runs, words in (([one, dict(refuel=two["refuel"])], "base is missing in 1 of 2"), ([one, one], "of one seed"),
+                        ([one, two | dict(refuel=some_row(72.0, dialogues=20))], "as many dialogues")):
         with pytest.raises(files.BadInput, match=words):
             seeds.merged(runs)
     with pytest.raises(files.BadInput, match="refuel is in another folder"):

@@ -65,6 +65,8 @@ def test_prompts_that_a_run_has_trained_on_are_no_validation(tmp_path, cfg):
         for judged_on in ("test", "validation"):
             with pytest.raises(BadInput, match="trained on the prompts") if refused and judged_on == "validation" else nullcontext():
                 evaluate.check_unseen({"a": policy, "b": "http://x#y"}, replace(cfg, eval_split=judged_on))
+            with pytest.raises(BadInput, match="trained on the prompts") if refused and judged_on == "validation" else nullcontext():
+                evaluate.check_unseen({"a": policy}, replace(cfg, eval_split=judged_on, dataset=f"./{cfg.dataset}"))
     evaluate.check_unseen({"a": policy}, replace(cfg, eval_split="validation", dataset="another"))
 
 
