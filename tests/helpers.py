@@ -28,6 +28,11 @@ from machinery.run import Run  # noqa: E402
 from simulator import Dialogue  # noqa: E402
 
 
+def on(n):
+    """The beginning of a command that runs a script on n ranks, from ROOT."""
+    return [sys.executable, os.path.join("tests", "forked.py"), str(n)]
+
+
 def source_files():
     """All Python files of the program: the top level and the machinery."""
     return glob.glob(os.path.join(ROOT, "*.py")) + glob.glob(os.path.join(ROOT, "machinery", "*.py"))

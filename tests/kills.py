@@ -18,13 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from usage import REST, arguments
 from machinery import ranks  # noqa: F401  (first: it sets what torch reads when it is imported)
 
-import matplotlib.pyplot  # noqa: F401  (imported here so that no attempt has to)
-import torch._dynamo  # noqa: F401  (torch imports it at the first optimiser's step)
-import torch.distributed.fsdp
-import torch.distributed.tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM  # noqa: F401
-
-import evaluate  # noqa: F401
+import forked  # noqa: F401  (imports what takes seconds, so that no attempt has to)
 from machinery import files, held_out, page, watch
 import refuel
 from simulator import prepare

@@ -18,7 +18,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
-from helpers import HUGE, KEY, NULL, ROOT, broken_checkpoint, collected, equal_pairs, everything_in, hh, random_pairs, run_folder, source_files, ultra
+from helpers import HUGE, KEY, NULL, ROOT, broken_checkpoint, collected, equal_pairs, everything_in, hh, on, random_pairs, run_folder, source_files, ultra
 from machinery import template
 from machinery.run import LOGGED, Run, log, open_folder
 import pytest
@@ -444,8 +444,10 @@ def test_the_ids_under_the_mask_are_the_sampled_ids_whatever_anybody_says(tokeni
 # --- numbers, and more ranks than pairs --------------------------------------------------------------------------
 
 
-def torchrun(n, *command, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), *command]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+def start(*command, **options):
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
@@ -465,7 +467,8 @@ def alive(mark):
 def on_ranks(base, tmp_path_factory):
     """tests/bad_ranks.py on 1, 2 and 4 ranks: [found by each rank]; and how the two ended whose last rank's disk was full."""
     out = str(tmp_path_factory.mktemp("ranks"))
-    runs = {n: torchrun(n, "tests/bad_ranks.py", base, out, env=os.environ | {"BAD_DAY": f"{out}.{n}"}) for n in (2, 4)}
+    runs = {n: start(*command, "tests/bad_ranks.py", base, out, env=os.environ | {"BAD_DAY": f"{out}.{n}"})
+            for n, command in ((2, TORCHRUN), (4, on(4)))}  # fmt: skip
     found = {1: [json.loads(json.dumps(bad_ranks.numbers(base, out)))]}
     ends = {}
     try:
@@ -519,7 +522,7 @@ def test_no_rank_outlives_its_torchrun(tmp_path):
     script.write_text(f"import sys\nsys.path.insert(0, {ROOT!r})\nimport time, refuel\nrefuel.start_processes()\n"
                       f"open(f'{tmp_path}/up_{{refuel.rank()}}', 'w')\ntime.sleep(300 * refuel.rank())\nranks.barrier()\n")  # fmt: skip
     mark = f"BAD_DAY={tmp_path}"
-    run = torchrun(2, str(script), env=os.environ | {"BAD_DAY": str(tmp_path)})
+    run = start(*TORCHRUN, str(script), env=os.environ | {"BAD_DAY": str(tmp_path)})
     try:
         deadline = time.monotonic() + 100
         while len(glob.glob(f"{tmp_path}/up_*")) < 2 and time.monotonic() < deadline:

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
-from helpers import KEY, ROOT, dialogue, everything_in, last_number, sides
+from helpers import KEY, ROOT, dialogue, everything_in, last_number, on, sides
 from machinery import report
 import pytest
 import torch
@@ -306,8 +306,7 @@ def test_two_ranks_give_the_same_results_as_one(trained, base, tmp_path, serve):
     judge = ["--judge", server.url, "--judge-model", "m", "--policy", trained]
     run_main([*judge, "--out", str(tmp_path / "one")], base)
     asked = len(server.requests)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                           "evaluate.py", *USUAL.split(), "--reference", base, *judge, "--out", str(tmp_path / "two")],
+    done = subprocess.run([*on(2), "evaluate.py", *USUAL.split(), "--reference", base, *judge, "--out", str(tmp_path / "two")],
                           cwd=ROOT, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     one, two = (files.read_json(tmp_path / out / "results.json") for out in ("one", "two"))

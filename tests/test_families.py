@@ -2,7 +2,6 @@
 import os
 import re
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 import transformers
 
 import families as every  # tests/families.py: the enumeration
-from helpers import ROOT, random_pairs
+from helpers import ROOT, on, random_pairs
 from machinery import families, fsdp, logps
 from machinery.files import BadInput
 from machinery.logps import pair_logps, visible
@@ -138,8 +137,7 @@ def test_a_buffer_that_a_model_forgets_to_fill_is_refused(tmp_path, monkeypatch)
 
 def test_two_ranks_load_and_check_what_one_does():
     environment = os.environ | {"PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               os.path.join("tests", "families.py"), "gemma3_text", "mistral"]  # fmt: skip
+    command = [*on(2), os.path.join("tests", "families.py"), "gemma3_text", "mistral"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.count(" | right |") == 2, done.stderr[-2000:]
 

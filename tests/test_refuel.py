@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
-from helpers import ROOT, Talker, broken_checkpoint, length_reward, llama_config, peak_bytes, random_pairs, remove, row_logps, run_folder, source_files, with_logps
+from helpers import ROOT, Talker, broken_checkpoint, length_reward, llama_config, on, peak_bytes, random_pairs, remove, row_logps, run_folder, source_files, with_logps
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,6 +22,7 @@ from machinery import ranks
 from machinery.run import shares
 import refuel
 import toy
+import two_ranks
 from refuel import collect, pair_logps, refuel_loss, regress, sample_resets
 from simulator import Dialogue
 
@@ -170,11 +171,10 @@ def on_ranks(base, tmp_path_factory):
     from safetensors.torch import load_file
 
     out = str(tmp_path_factory.mktemp("ranks"))
-    for n in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_port", "0"]
-        done = subprocess.run([*command, "--standalone", os.path.join(ROOT, "tests", "two_ranks.py"), base, out],
-                              capture_output=True, text=True, timeout=240)  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+    two_ranks.main(base, out)
+    done = subprocess.run([*on(2), os.path.join("tests", "two_ranks.py"), base, out], cwd=ROOT, capture_output=True, text=True,
+                          timeout=240)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
     pairs = [open(os.path.join(out, f"ranks_{n}", "pairs.jsonl")).read() for n in (1, 2)]
     return [load_file(os.path.join(out, f"ranks_{n}.safetensors")) | {"pairs": rows} for n, rows in zip((1, 2), pairs)]
 

@@ -16,7 +16,7 @@ import torch
 import evaluate
 import refuel
 import simulator
-from helpers import ROOT, collected, equal_pairs, hh, random_pairs
+from helpers import ROOT, collected, equal_pairs, hh, on, random_pairs
 from machinery import data, engines, files, fsdp, meter, ranks, rows, seams
 from machinery.files import BadInput
 from machinery.run import Run, open_folder
@@ -257,8 +257,7 @@ except refuel.files.BadInput:
     open(f"{tmp_path}/refused_{{ranks.rank()}}", "w")
 ranks.barrier()
 """.replace("refuel.files", "machinery.files"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run([*command, str(tmp_path / "run")], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*on(2), str(script), str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     found = {name for name in os.listdir(tmp_path) if "_" in name}
     assert found == {"looked_0", "refused_0", "refused_1"}

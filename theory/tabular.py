@@ -79,10 +79,11 @@ def q_by_listing(mdp, pi):
 
 def q_values(mdp, pi):
     """Q_h^pi(s, y), (..., H, S, A), by backward recursion."""
-    q = [np.broadcast_to(mdp.rewards[-1], pi[..., 0, :, :].shape)]
+    rewards = mdp.rewards
+    q = [np.broadcast_to(rewards[-1], pi[..., 0, :, :].shape)]
     for h in reversed(range(mdp.shape[0] - 1)):
         v = (pi[..., h + 1, :, :] * q[0]).sum(-1)              # (..., S)
-        q.insert(0, mdp.rewards[h] + np.tensordot(v, mdp.move[h], (-1, -1)))   # (..., S, A)
+        q.insert(0, rewards[h] + np.inner(v, mdp.move[h]))     # (..., S, A)
     return np.stack(q, -3)
 
 
@@ -207,26 +208,28 @@ def sample_pairs(rng, mdp, pi, n, rollouts=1, shared=True):
     s' is s, or unless `shared` the prefix of another conversation."""
     H = mdp.shape[0]
 
-    def draw(p):
-        return (p.cumsum(-1) < rng.uniform(size=(n, 1))).sum(-1).clip(max=p.shape[-1] - 1)
+    def draw(law, *place):
+        """n outcomes of law[place], each the number of its cumulative sums that lie below a uniform number."""
+        u, sums = rng.uniform(size=n), law.cumsum(-1)
+        return sum((sums[(*place, k)] < u for k in range(law.shape[-1] - 1)), np.zeros(n, int))
 
     def prefix():
-        s = draw(np.broadcast_to(mdp.start, (n, len(mdp.start))))
+        s = draw(mdp.start)
         for g in range(H - 1):
-            s = np.where(g < h, draw(mdp.move[g, s, draw(pi[g, s])]), s)
+            s = np.where(g < h, draw(mdp.move, g, s, draw(pi, g, s)), s)
         return s
 
     def rollout(s, y):
         for g in range(H - 1):
             on = g >= h                                        # this conversation has reached its reset
-            s2 = draw(mdp.move[g, s, y])
-            y, s = np.where(on, draw(pi[g + 1, s2]), y), np.where(on, s2, s)
+            s2 = draw(mdp.move, g, s, y)
+            y, s = np.where(on, draw(pi, g + 1, s2), y), np.where(on, s2, s)
         return mdp.reward[s, y]
 
     h = rng.integers(H, size=n)
     s = prefix()
     s2 = s if shared else prefix()
-    y, y2 = draw(pi[h, s]), draw(pi[h, s2])
+    y, y2 = draw(pi, h, s), draw(pi, h, s2)
     r, r2 = np.mean([(rollout(s, y), rollout(s2, y2)) for _ in range(rollouts)], axis=0)
     return h, s, s2, y, y2, r, r2
 
@@ -241,12 +244,15 @@ def sampled_gain(pi, h, s, s2, y, y2, r, r2):
     """The smallest g that fits g(s, y) - g(s', y') to r - r' best, g centred in every state, (H, S, A).
     With s' = s it is the minimiser of Eq. 1 over all policies, as ln(pi'/pi) / eta; what no pair has seen stays."""
     H, S, A = pi.shape
-    gram, target = np.zeros((H, S * A, S * A)), np.zeros((H, S * A))
-    a, b = s * A + y, s2 * A + y2
-    for row, column, sign in ((a, a, 1), (b, b, 1), (a, b, -1), (b, a, -1)):
-        np.add.at(gram, (h, row, column), sign)
-    np.add.at(target, (h, a), r - r2)
-    np.add.at(target, (h, b), r2 - r)
+    N, a, b = S * A, s * A + y, s2 * A + y2
+
+    def pairs(row, column):
+        return np.bincount((h * N + row) * N + column, minlength=H * N * N).reshape(H, N, N)
+
+    def rewards(row):
+        return np.bincount(h * N + row, r - r2, H * N).reshape(H, N)
+
+    gram, target = pairs(a, a) + pairs(b, b) - pairs(a, b) - pairs(b, a), rewards(a) - rewards(b)
     centre = centring(pi)
     gram = centre.transpose(0, 2, 1) @ gram @ centre
     target = centre.transpose(0, 2, 1) @ target[..., None]
