@@ -283,11 +283,15 @@ def play(file, path, prompts, policy, user, cfg, among=1):
 
     policy.temperature = cfg.eval_temperature or cfg.temperature
 
+    asked = Counter()  # dialogues, by this process, and who has failed in them
+
     def wave(rows, _):
         dialogues = rollout(rows, policy, user, simulator.longest(rows, cfg))
-        check_failures(sum(d.failed == "user" for d in dialogues), len(rows), cfg)
-        failed = sum(d.failed == "policy" for d in dialogues)
-        check_failures(failed, len(rows), cfg, failed and f"--policy {path} ({policy.why})")
+        failed = Counter(d.failed for d in dialogues)
+        asked.update(failed, dialogues=len(rows))
+        for counts, number in ((failed, len(rows)), (asked, asked["dialogues"])):  # many small waves round up to much
+            check_failures(counts["user"], number, cfg)
+            check_failures(counts["policy"], number, cfg, counts["policy"] and f"--policy {path} ({policy.why})")
         return [vars(d) for d in dialogues]
 
     dialogues = []
@@ -426,12 +430,17 @@ def named(arguments):
 
 
 def check_unseen(policies, cfg):
-    """Validation prompts are training prompts: to a run that did not hold them back they are not unseen."""
+    """Validation prompts are training prompts: to a run that did not hold them back they are not unseen, by whatever name
+    the data set goes."""
+    if cfg.eval_split != "validation":
+        return
+    place, content = os.path.realpath(cfg.dataset), simulator.made_of_dataset(cfg)
     for path in policies.values():
         file = os.path.join(os.path.dirname(os.path.dirname(path)), "config.json")
         run = files.read_json(file) if not outside.is_outside(path) and os.path.exists(file) else {}
-        same = os.path.realpath(run.get("dataset", "")) == os.path.realpath(cfg.dataset)  # of a hub id: the same id
-        if cfg.eval_split == "validation" and same and run.get("eval_split") != "validation":
+        same = os.path.realpath(run.get("dataset", "")) == place  # of a hub id: the same id
+        same |= bool(content.items() & run.get("made_of", {}).items())
+        if same and run.get("eval_split") != "validation":
             raise BadInput(f"--policy {path}: its run was trained on the prompts of --eval-split validation as well: only a run "
                            "with that flag holds them back")  # fmt: skip
 

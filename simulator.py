@@ -366,14 +366,16 @@ def made_of(cfg):
             found[f"content of --{name}"] = worlds.fingerprint(path)
         elif "://" not in path and path != "dataset":
             found[f"content of --{name}"] = fingerprint(find_checkpoint(path))
-    if worlds.world_file(cfg.dataset):
-        found["prompts of --dataset"] = worlds.prompts_hash(cfg.dataset)
-        found["content of --dataset"] = worlds.fingerprint(cfg.dataset)  # load_logs is in it
-    else:
-        found["content of --dataset"] = data.fingerprint(cfg)
     if cfg.pairs:
         found["content of --pairs"] = rows.content_hash(cfg.pairs)
-    return found | versions()
+    return found | made_of_dataset(cfg) | versions()
+
+
+def made_of_dataset(cfg):
+    if not worlds.world_file(cfg.dataset):
+        return {"content of --dataset": data.fingerprint(cfg)}
+    code = worlds.fingerprint(cfg.dataset)  # load_logs is in it
+    return {"prompts of --dataset": worlds.prompts_hash(cfg.dataset), "content of --dataset": code}
 
 
 def first_prompts(cfg, split, tokenizer):

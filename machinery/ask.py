@@ -1,7 +1,7 @@
 """Asking a language model for text, as users and judges are asked: at a server's URL, or in an engine of this process.
 
 Both are called as ask(prompts, seeds, allowed) and yield (number of the prompt, reply, None) or (number, None, why) as
-they come; a server's reply that is empty because it was cut comes with a why too.
+they come; a server's reply that was cut comes with a why too, and with `whole` without its text.
 """
 import asyncio
 import base64
@@ -23,13 +23,15 @@ FAILURES = 0.05  # the share of questions that may stay unanswered
 
 # What servers say of a parameter that they do not take, in either order; the first parameter that is named is meant.
 UNSUPPORTED = "unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed|extra_forbidden"
-PARAMETERS = "seed|max_tokens|temperature"
+PARAMETERS = "seed|max_tokens|temperature|top_p"
 REFUSED = re.compile(rf"(?:{UNSUPPORTED})[^.]{{0,80}}?\b({PARAMETERS})\b|"
-                     rf"\b({PARAMETERS})\b[^.]{{0,80}}?(?:{UNSUPPORTED})", re.IGNORECASE)  # fmt: skip
+                     rf"\b({PARAMETERS})\b[^.]{{0,80}}?(?:{UNSUPPORTED})|"
+                     r"\b(top_p)\b[^.]{0,20}? cannot both", re.IGNORECASE)  # fmt: skip
 LEFT_OUT = {"seed": "it is left out, and the same question may get another reply next time",
             "max_tokens": "max_completion_tokens is sent instead",
             "temperature": "it is left out, and the replies come at the server's own temperature, which is another "
-                           "distribution than was asked for"}  # fmt: skip
+                           "distribution than was asked for",
+            "top_p": "it is left out, and where the server has one of its own the replies come from another distribution"}  # fmt: skip
 
 
 class Server:
@@ -138,7 +140,7 @@ class Server:
             body = self.body(prompt, seed)
             status, data = await self.post(client, json.dumps(body).encode())
             found = REFUSED.search(data.decode(errors="replace")) if status in (400, 422) else None
-            name = found[1] or found[2] if found else None
+            name = next(filter(None, found.groups())) if found else None
             if name not in body:
                 return status, data
             if name not in self.refused:  # else another question has said so meanwhile
@@ -151,6 +153,8 @@ class Server:
         body = {"model": self.model, "messages": asked["messages"]}
         if "temperature" not in self.refused:
             body["temperature"] = asked["temperature"]
+        if asked["temperature"] and "top_p" not in self.refused:
+            body["top_p"] = 1  # else vLLM takes what the checkpoint's generation_config.json says
         if "max_tokens" in self.refused:
             body["max_completion_tokens"] = asked["max_tokens"]
         else:

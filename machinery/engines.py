@@ -287,7 +287,8 @@ class VLLMEngine(Engine):
             torch.cuda.empty_cache()
             self.engine.wake_up(tags=["kv_cache"])
             self.asleep = False
-        self.engine.reset_prefix_cache()  # without it the next answers are computed from the old policy's cache
+        if self.engine.reset_prefix_cache() is False:  # the next answers would be computed from the old policy's cache
+            raise BadInput("vLLM did not give up its prefix cache, which is the old policy's: run the same command again")
 
 
 class Requests:

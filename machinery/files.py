@@ -1,7 +1,7 @@
 """Files that are whole or not there, checkpoint folders, and BadInput.
 
 Weights are safetensors, never a pickle, and no code of a checkpoint is run. A file has its final name only when it is
-whole; metrics.jsonl alone grows by its lines.
+whole; metrics.jsonl, a judge's replies and a server's log alone grow by their lines.
 """
 import contextlib
 import fcntl

@@ -215,6 +215,9 @@ def load_training(folder, model, optimizer):
         if rank() == 0:
             print(f"{folder} is the state of {saved['ranks']} processes, not of {world()}: this iteration's training "
                   "begins again, its pairs are kept", flush=True)  # fmt: skip
+        barrier()
+        remove_training(os.path.dirname(folder))  # its looks at held-out pairs leave the log with the first new step
+        barrier()
         return 0
     file = os.path.join(folder, f"step_{saved['step']}_rank_{rank()}.safetensors")
     try:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from machinery import fsdp
+from machinery.files import BadInput
 from machinery.logps import batches, old_logps
 from machinery.meter import as_tensors
 from machinery.ranks import rank
@@ -68,6 +69,11 @@ class HeldOut:
         which it resumes."""
         if self.pairs:
             self.looks |= {row["step"] + 1: row["held_out_loss"] for row in rows if "held_out_loss" in row}
+            every = self.cfg.checkpoint_steps
+            absent = set(range(every, first_step + 1, every)) - self.looks.keys()
+            if absent:  # with --patience they decide which policy is kept
+                raise BadInput(f"metrics.jsonl lacks the held-out loss after {min(absent)} steps of iteration {self.t}, which was "
+                               "trained further: put the line back, or remove the iteration's training/ to train it again")  # fmt: skip
         return self.steps if self.over() else first_step
 
     def due(self, step):

@@ -1,6 +1,7 @@
 """The processes of a run: their start, who is who, sums over them, work shared in waves, and one line when it ends badly.
 
-From `start_processes` on the code reads as for one process: every rank runs every line, rank 0 alone prints and writes.
+From `start_processes` on the code reads as for one process: every rank runs every line; rank 0 alone prints, and writes
+all but the waves, shards and replies of others.
 """
 import contextlib
 import ctypes

@@ -6,6 +6,7 @@
     iter_1/training/         the training in progress; setting two: training/, since iterations are its updates
     iter_1/policy/           what the iteration ends with
 """
+import contextlib
 import json
 import math
 import os
@@ -202,9 +203,12 @@ class Run:
             return pairs
 
         path = os.path.join(self.folder, "pairs.jsonl")
+        if not on_rank_0(lambda: os.path.exists(path)):
+            self.forget_others(path)
         resumed = os.path.exists(path) or os.path.exists(f"{path}.parts")
         self.played = 0  # waves, by this process
         self.spent = (self.row_of(self.t, "collect") or {}).get("seconds", 0) if resumed else 0  # before the run was stopped
+        asked = Counter()  # dialogues, by this process, and the user's failures
         tokens = {name: s.tokens for name, s in speakers.items() if hasattr(s, "tokens")}
         for counter in tokens.values():
             counter.clear()
@@ -212,7 +216,9 @@ class Run:
         def wave(rows, number):
             dropped, began, sampled = Counter(), time.monotonic(), tokens.get("policy", {}).get("decode", 0)
             pairs = play(rows, np.random.default_rng([cfg.seed, self.t, number]), dropped)
+            asked.update(dialogues=len(rows), failed=dropped["user"])
             check_failures(dropped["user"], len(rows), cfg)
+            check_failures(asked["failed"], asked["dialogues"], cfg)  # many small waves round up to much
             broken = malformed(speakers.get("reward"), [d for pair in pairs for d in pair.dialogues])
             if number == 0 and len(pairs) >= 16 and all(p.rewards[0] == p.rewards[1] for p in pairs):
                 raise BadInput(f"--reward {cfg.reward} gives both conversations of each of {len(pairs)} pairs the same "
@@ -237,6 +243,17 @@ class Run:
             seconds = round(self.spent + time.monotonic() - start, 1)
             self.report_pairs(pairs, len(prompts), dropped, broken, tokens, seconds, resumed)
         return pairs
+
+    def forget_others(self, path):
+        """What was computed of pairs that somebody has removed is not that of the new ones."""
+        if rank() == 0 and os.path.isdir(self.folder):
+            remove_best(self.folder)
+            shutil.rmtree(os.path.join(self.folder, "logps.jsonl.parts"), ignore_errors=True)
+            for name in ("logps.jsonl", "logps.jsonl.sha256"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(self.folder, name))
+        fsdp.remove_training(self.folder)
+        barrier()
 
     def report_wave(self, number, waves, pairs, dropped, speed, start):
         """A line of metrics.jsonl for each wave of rank 0, before the wave is kept: one that is played again is logged again."""
@@ -307,7 +324,7 @@ class Run:
             base = logps
             if self.cfg.gamma:
                 with fsdp.exchanged(self.model, self.pi_0):
-                    base = self.checked_logps(pairs)
+                    base = self.compute_logps(pairs, f"{path}.parts/pi_0", "ln pi_0")
             self.report_logps(pairs, logps, base, start)
             if rank() == 0:
                 files.write_sealed(path, [[*new, *old] for new, old in zip(logps, base)])
@@ -319,14 +336,14 @@ class Run:
             found.append(pair._replace(logps=tuple(row[:2]), base_logps=tuple(row[2:])))
         return found
 
-    def compute_logps(self, pairs, folder):
-        """ln pi_t, the pairs of checkpoint_steps batches at a time, each part kept on disk until all are done: a kill
+    def compute_logps(self, pairs, folder, what="ln pi"):
+        """ln pi_t or ln pi_0, the pairs of checkpoint_steps batches at a time, each part kept on disk until all are done: a kill
         costs no more here than in training."""
         size = self.cfg.batch_size * self.cfg.checkpoint_steps
         if len(pairs) <= size:
             return self.checked_logps(pairs)
         logps = []
-        for start in bar(range(0, len(pairs), size), f"iteration {self.t} of {self.cfg.iterations}: ln pi"):
+        for start in bar(range(0, len(pairs), size), f"iteration {self.t} of {self.cfg.iterations}: {what}"):
             part = os.path.join(folder, f"{start:08d}.jsonl")
             if on_rank_0(lambda part=part: os.path.exists(part)):
                 logps += files.read_sealed(part)

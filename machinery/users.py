@@ -179,7 +179,7 @@ def load_user(cfg):
 
 
 def check_failures(failed, dialogues, cfg, who=None):
-    """A run in which the user (or `who`) fails too often is stopped: what is left would be other dialogues."""
+    """A run in which the user (or `who`) fails too often, by a whole dialogue, is stopped: what is left would be others."""
     if failed > math.ceil(cfg.max_failures * dialogues):
         raise BadInput(f"{who or f'--user {cfg.user}'} failed in {failed} of {dialogues} dialogues; --max-failures is "
                        f"{cfg.max_failures:g} (finished waves are kept: run the same command again to resume)")  # fmt: skip

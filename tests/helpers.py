@@ -316,11 +316,11 @@ def hh(*texts, last="worse"):
     return {"chosen": text(texts), "rejected": text([*texts[:-1], last])}
 
 
-def equal_pairs(n):
+def equal_pairs(n, words=(7, 8)):
     """Finished pairs of one turn whose two conversations earn the same."""
     tokenizer, pairs = toy.make_tokenizer(), []
     for _ in range(n):
-        first, second = (Dialogue.start(tokenizer, "go on").add_answer(tokenizer, [word, 2]) for word in (7, 8))
+        first, second = (Dialogue.start(tokenizer, "go on").add_answer(tokenizer, [word, 2]) for word in words)
         pairs.append(refuel.Pair.of(first, second, 1, (1.0, 1.0)))
     return pairs
 

@@ -231,6 +231,7 @@ def cuda_vllm(monkeypatch):
 
         def reset_prefix_cache(self):
             noted.append("reset")
+            return len(noted) < 9
 
     module = types.ModuleType("vllm")
     module.LLM, module.__spec__ = LLM, importlib.machinery.ModuleSpec("vllm", None)
@@ -262,6 +263,8 @@ def test_new_weights_find_the_old_ones_and_their_cache_gone(base, cfg, cuda_vllm
         engine.sleep()
     engine.update([("a", 1), ("b", 2)])
     assert cuda_vllm[1:] == [2, ["weights"], ["a", "b"], ["kv_cache"], "reset"] and not engine.asleep
+    with pytest.raises(BadInput, match="prefix cache"):
+        engine.update([])
 
 
 def test_what_vllm_refuses_at_its_start_is_one_line(base, cfg, cuda_vllm, monkeypatch):

@@ -3,6 +3,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -58,6 +59,9 @@ def test_answers_that_were_cut_are_counted_and_named_below_the_table():
 
 
 def test_prompts_that_a_run_has_trained_on_are_no_validation(tmp_path, cfg):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "are there any holidays in march?"}\n' * 9)
+    cfg = replace(cfg, dataset=str(rows))
     policy = str(tmp_path / "run" / "iter_1" / "policy")
     os.makedirs(policy)
     for split, refused in (("test", True), ("validation", False)):
@@ -66,8 +70,14 @@ def test_prompts_that_a_run_has_trained_on_are_no_validation(tmp_path, cfg):
             with pytest.raises(BadInput, match="trained on the prompts") if refused and judged_on == "validation" else nullcontext():
                 evaluate.check_unseen({"a": policy, "b": "http://x#y"}, replace(cfg, eval_split=judged_on))
             with pytest.raises(BadInput, match="trained on the prompts") if refused and judged_on == "validation" else nullcontext():
-                evaluate.check_unseen({"a": policy}, replace(cfg, eval_split=judged_on, dataset=f"./{cfg.dataset}"))
-    evaluate.check_unseen({"a": policy}, replace(cfg, eval_split="validation", dataset="another"))
+                evaluate.check_unseen({"a": policy}, replace(cfg, eval_split=judged_on, dataset=os.path.relpath(rows)))
+    evaluate.check_unseen({"a": policy}, replace(cfg, eval_split="validation", dataset="toy"))
+    for then, now in ((replace(cfg, dataset="toy"), os.path.join(ROOT, "toy.py")), (cfg, str(tmp_path / "copy.jsonl"))):
+        shutil.copy(rows, tmp_path / "copy.jsonl")
+        run = {"dataset": "its/old/place", "eval_split": "test", "made_of": simulator.made_of_dataset(then)}
+        files.write_file(str(tmp_path / "run" / "config.json"), json.dumps(run))
+        with pytest.raises(BadInput, match="trained on the prompts"):
+            evaluate.check_unseen({"a": policy}, replace(cfg, eval_split="validation", dataset=now))
 
 
 def test_intervals_over_dialogues_cover_and_intervals_over_turns_would_not():

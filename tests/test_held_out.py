@@ -9,6 +9,7 @@ from helpers import random_pairs, with_logps
 
 import refuel
 from machinery import files, fsdp
+from machinery.files import BadInput
 from machinery.held_out import HeldOut
 from machinery.run import Run, gone_bad, open_folder
 from refuel import refuel_loss
@@ -122,6 +123,9 @@ def test_resumed_a_training_knows_the_looks_that_it_has_had_and_ends_where_it_ha
     files.write_lines(path, [*rows, last | {"seconds": 1000.0}])
     again, more = train()
     assert not more and again.held_out.looks == run.held_out.looks and again.spent == 1000
+    files.write_lines(path, [row for row in rows if "held_out_loss" not in row])
+    with pytest.raises(BadInput, match="lacks the held-out loss after 2 steps of iteration 1"):
+        train()
     again.held_out.take_best(again.folder, again.model, base)
     run.held_out.take_best(run.folder, run.model, base)
     kept = {name: w.clone() for name, w in fsdp.full_weights(run.model)}

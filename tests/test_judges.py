@@ -142,7 +142,7 @@ def test_an_llm_judge_asks_in_both_orders_and_a_flip_is_a_tie(serve, tmp_path):
     assert judge.counts == dict(asked=3, flips=1, unparsable=0, unanswered=0)  # the second pair is one text
     assert len(server.requests) == 6
     path, headers, body = server.requests[0]
-    assert path == "/v1/chat/completions" and body["model"] == "judge-1" and body["temperature"] == 0
+    assert path == "/v1/chat/completions" and body["model"] == "judge-1" and body["temperature"] == 0 and "top_p" not in body
     assert headers["Authorization"] == f"Bearer {KEY}"
     assert KEY not in everything_in(tmp_path) + json.dumps(body)
 
@@ -441,11 +441,13 @@ def refuses(texts):
       'max_completion_tokens' instead.", "param": "max_tokens", "code": "unsupported_parameter"}}""",
       "temperature": """{"error": {"message": "Unsupported value: 'temperature' does not support 0 with this model. Only
       the default (1) value is supported.", "param": "temperature", "code": "unsupported_value"}}"""},
-     {"seed", "max_completion_tokens"}),
-    ({"seed": "Unrecognized request argument supplied: seed"}, {"temperature", "max_tokens"}),
+     {"seed", "top_p", "max_completion_tokens"}),
+    ({"seed": "Unrecognized request argument supplied: seed"}, {"temperature", "top_p", "max_tokens"}),
+    ({"top_p": "`temperature` and `top_p` cannot both be specified for this model. Please use only one."},
+     {"seed", "temperature", "max_tokens"}),
     ({"seed": '{"detail":[{"type":"extra_forbidden","loc":["body","seed"],"msg":"Extra inputs are not permitted"}]}'},
-     {"temperature", "max_tokens"}),
-    ({"seed": "Unknown parameter: seed. Known: model, messages, temperature, max_tokens"}, {"temperature", "max_tokens"}),
+     {"temperature", "top_p", "max_tokens"}),
+    ({"seed": "Unknown parameter: seed. Known: model, messages, temperature, max_tokens"}, {"temperature", "top_p", "max_tokens"}),
 ])  # fmt: skip
 def test_a_parameter_that_a_server_does_not_take_is_left_out_once_and_said(texts, left, serve, capsys):
     server = serve(None)
@@ -456,7 +458,7 @@ def test_a_parameter_that_a_server_does_not_take_is_left_out_once_and_said(texts
     out = capsys.readouterr().out
     for name in texts:
         assert out.count(f"--judge o3 does not take {name}: ") == 1
-    assert ("another distribution" in out) == ("temperature" in texts) and out.count("\n") == len(texts)
+    assert ("another distribution" in out) == bool({"temperature", "top_p"} & texts.keys()) and out.count("\n") == len(texts)
     if "max_tokens" in texts:
         assert server.requests[-1][2]["max_completion_tokens"] == 9
     before = len(server.requests)

@@ -245,7 +245,8 @@ def test_a_user_at_a_url_is_sent_one_message_with_its_temperature_and_seed(cfg, 
     bodies = [body for _, _, body in server.requests]
     assert len(bodies) == 3 and len({body["seed"] for body in bodies}) == 3
     assert all(len(body["messages"]) == 1 for body in bodies)
-    assert {(body["temperature"], body["max_tokens"], body["model"]) for body in bodies} == {(0.7, 33, "llama")}
+    sent = {(body["temperature"], body["top_p"], body["max_tokens"], body["model"]) for body in bodies}
+    assert sent == {(0.7, 1, 33, "llama")}  # a server's own top-p would be another user
     server.server.shutdown()
     server.server.server_close()
     with pytest.raises(BadInput, match="--user-model"):
