@@ -8,13 +8,14 @@ import functools
 import gc
 import importlib.util
 import math
+import os
 from collections import Counter
 
 import torch
 
 from machinery import plan
 from machinery.files import BadInput, brief
-from machinery.ranks import device, dtype, world
+from machinery.ranks import device, dtype, local_world, world
 from machinery.settings import engine_name
 from machinery.template import load_tokenizer, stop_tokens
 
@@ -199,8 +200,9 @@ class VLLMEngine(Engine):
 
     Paged KV cache with prefix caching: a later turn finds its dialogue cached, so only new tokens are computed."""
 
-    def __init__(self, path, max_new_tokens, temperature, max_length, share=None, sleeps=True):
-        """share: what of a GPU it gets, exactly; sleeps: whether it can leave the GPU, as one engine of a process can."""
+    def __init__(self, path, max_new_tokens, temperature, max_length, share=None, sleeps=True, dialogues=8):
+        """share: what of a GPU it gets, exactly; sleeps: whether it can leave the GPU, as one engine of a process can;
+        dialogues: how many it answers in turn, whose keys and values a CPU's cache should hold."""
         super().__init__(path, max_new_tokens, temperature, max_length)
         from transformers import AutoConfig
 
@@ -216,7 +218,7 @@ class VLLMEngine(Engine):
             if world() > 1:  # takes LOCAL_RANK's device, the plain form device 0
                 options["distributed_executor_backend"] = "external_launcher"
         else:  # seeded requests crash the CPU build when a prefill is cut into chunks
-            room = max(128 << 20, 8 * max_length * cache_bytes(path))
+            room = cache_room(dialogues, max_length * cache_bytes(path))
             options = dict(dtype="float32", enforce_eager=True, kv_cache_memory_bytes=room, block_size=32,
                            enable_chunked_prefill=False, max_num_batched_tokens=max(max_length, 8192))  # fmt: skip
         self.sleeps, self.asleep, self.begun = sleeps, False, 0
@@ -318,6 +320,14 @@ class Requests:
             self.engine.engine.llm_engine.abort_request([str(number) for number in self.asked])
 
 
+def cache_room(dialogues, size):
+    """Bytes of a CPU engine's cache: of all its dialogues, `size` bytes each at most, in an eighth of the machine's memory,
+    which its processes share; pages that are not used are not taken. In a smaller one dialogues wait for each other and
+    are read again at every turn (docs/speed.md)."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(128 << 20, 8 * size, min(dialogues * size, memory // 8 // local_world()))
+
+
 def cache_bytes(path):
     """Bytes of keys and values of one token in float32."""
     from transformers import AutoConfig
@@ -358,5 +368,8 @@ def load_engine(path, cfg, who="policy", among=1):
     if name == "vllm" and not importlib.util.find_spec("vllm"):
         raise BadInput("--engine vllm: vllm is not installed (pip install -r requirements-gpu.txt)")
     engine = {"vllm": VLLMEngine, "transformers": TransformersEngine}[name]
-    more = dict(share=gpu_share(cfg, who, path, among), sleeps=who == "policy") if name == "vllm" else {}
+    more = {}
+    if name == "vllm":
+        at_once = 2 * max(cfg.wave, cfg.eval_wave)  # both futures of a wave's pairs
+        more = dict(share=gpu_share(cfg, who, path, among), sleeps=who == "policy", dialogues=at_once)
     return engine(path, cfg.max_new_tokens, cfg.temperature, cfg.max_length, **more)

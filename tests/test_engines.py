@@ -216,7 +216,7 @@ def cuda_vllm(monkeypatch):
 
     class LLM:
         def __init__(self, path, **options):
-            if options["gpu_memory_utilization"] > 0.9:
+            if options.get("gpu_memory_utilization", 0) > 0.9:
                 raise ValueError("Free memory on device cuda:0 (9.0/79.0 GiB) on startup is less than desired")
             noted.append(options)
 
@@ -265,6 +265,19 @@ def test_new_weights_find_the_old_ones_and_their_cache_gone(base, cfg, cuda_vllm
     assert cuda_vllm[1:] == [2, ["weights"], ["a", "b"], ["kv_cache"], "reset"] and not engine.asleep
     with pytest.raises(BadInput, match="prefix cache"):
         engine.update([])
+
+
+def test_a_cpus_cache_holds_a_wave_of_both_futures_as_far_as_an_eighth_of_the_memory_goes(base, cfg, cuda_vllm, monkeypatch):
+    """With room for eight, SmolLM2 read the dialogues of a wave of 128 twice, and took as long again."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    token = engines.cache_bytes(base)
+    monkeypatch.setattr(engines, "cache_bytes", lambda path: 1000 * token)
+    cfg = replace(cfg, engine="vllm", wave=16, eval_wave=20, max_length=100)
+    for ranks, pages, room in ((1, 1 << 30, 40 * 100 * 1000 * token), (2, 16 << 20, (16 << 20 << 10) // 16)):
+        monkeypatch.setattr(engines.os, "sysconf", {"SC_PHYS_PAGES": pages, "SC_PAGE_SIZE": 1 << 10}.get)
+        monkeypatch.setattr(engines, "local_world", lambda ranks=ranks: ranks)
+        engines.load_engine(base, cfg)
+        assert cuda_vllm.pop()["kv_cache_memory_bytes"] == room
 
 
 def test_what_vllm_refuses_at_its_start_is_one_line(base, cfg, cuda_vllm, monkeypatch):
