@@ -271,9 +271,9 @@ def test_a_cpus_cache_holds_a_wave_of_both_futures_as_far_as_an_eighth_of_the_me
     """With room for eight, SmolLM2 read the dialogues of a wave of 128 twice, and took as long again."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     token = engines.cache_bytes(base)
-    monkeypatch.setattr(engines, "cache_bytes", lambda path: 1000 * token)
+    monkeypatch.setattr(engines, "cache_bytes", lambda path: 100 * token)
     cfg = replace(cfg, engine="vllm", wave=16, eval_wave=20, max_length=100)
-    for ranks, pages, room in ((1, 1 << 30, 40 * 100 * 1000 * token), (2, 16 << 20, (16 << 20 << 10) // 16)):
+    for ranks, pages, room in ((1, 1 << 30, 40 * 100 * 100 * token), (2, 4 << 20, 256 << 20)):
         monkeypatch.setattr(engines.os, "sysconf", {"SC_PHYS_PAGES": pages, "SC_PAGE_SIZE": 1 << 10}.get)
         monkeypatch.setattr(engines, "local_world", lambda ranks=ranks: ranks)
         engines.load_engine(base, cfg)
