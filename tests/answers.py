@@ -69,7 +69,7 @@ def played(folder):
             if name in found:
                 continue
             found[name] = [Dialogue.from_json(row) for row in files.read_sealed(place)]
-            seeds.add(files.read_json(os.path.join(run, "config.json"))["seed"])
+            seeds.add(files.read_json(place.removesuffix("l"))["seed"])
             unfinished += [name] * (name not in finished and name != "base")
     if "base" not in found or len(seeds) > 1:
         raise files.BadInput(f"{folder}: " + (f"rows of seeds {sorted(seeds)}" if seeds else "no dialogues of a base policy"))

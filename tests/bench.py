@@ -6,6 +6,7 @@
                                                             tokens a forward, flex attention beside ours
     python tests/bench.py growth                            tokens against time: pairs, prefix, ranks
     python tests/bench.py generation --policy FOLDER        tokens computed for each useful one; the two engines
+    python tests/bench.py cache --policy runs/shop_base     vLLM on a CPU with a cache for eight dialogues, and for all
     python tests/bench.py waiting                           every dialogue at its own pace, or all turn by turn: a user at
                                                             a server that takes its time, and the toy's scripted one
     python tests/bench.py waiting --policy FOLDER           a checkpoint as policy and, served, as user
@@ -628,6 +629,34 @@ def generation_table(found):
     return lines
 
 
+# --- a CPU's cache -----------------------------------------------------------------------------------------------
+
+
+def measure_cache(args):
+    """--pairs test customers of the English shop, five turns each, by vLLM with a cache for eight dialogues and for all."""
+    import shop
+
+    cfg = refuel.read_config(["--world", os.path.join(ROOT, "tests", "shop.py"), "--policy", args.policy])
+    cfg = simulator.prepare(replace(cfg, engine="vllm", eval_dialogues=args.pairs), trains=False)
+    rows, said = [], []
+    for dialogues in (8, args.pairs):
+        engine = engines.VLLMEngine(cfg.policy, cfg.max_new_tokens, cfg.temperature, cfg.max_length, dialogues=dialogues)
+        prompts, start = simulator.test_prompts(cfg, engine.tokenizer), time.process_time()
+        played = simulator.rollout(prompts, engine, shop.User(), [cfg.max_turns] * len(prompts))
+        rows.append(dict(room=dialogues, seconds=time.process_time() - start) | engine.tokens)
+        said.append([d.ids for d in played])
+        print(rows[-1], file=sys.stderr, flush=True)
+    return dict(rows=rows, model="shop", dialogues=args.pairs, same=float(np.mean([a == b for a, b in zip(*said)])))
+
+
+def cache_table(found):
+    lines = ["| a cache for | CPU seconds | prompt tokens computed | found in the cache | decoded |", "|---" * 5 + "|"]
+    for r in found["rows"]:
+        lines.append(f"| {r['room']} of {found['dialogues']} dialogues | {r['seconds']:.0f} | {r['prefill']} | {r['cached']} | "
+                     f"{r['decode']} |")  # fmt: skip
+    return [*lines, f"{found['same']:.0%} of the dialogues are the same to the id"]
+
+
 # --- waiting ----------------------------------------------------------------------------------------------------
 
 
@@ -784,7 +813,7 @@ def waiting_table(found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "growth", "generation", "waiting", "lengths", "rank"])
+    parser.add_argument("what", choices=["step", "growth", "generation", "cache", "waiting", "lengths", "rank"])
     parser.add_argument("file", nargs="?")
     parser.add_argument("--model", choices=list(MODELS), default="cpu")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -806,7 +835,7 @@ def main():
     if args.what == "rank":
         return one_rank(args)
     measure, table = {"step": (measure_step, step_table), "growth": (measure_growth, growth_table),
-                      "generation": (measure_generation, generation_table),
+                      "generation": (measure_generation, generation_table), "cache": (measure_cache, cache_table),
                       "waiting": (measure_waiting, waiting_table)}[args.what]  # fmt: skip
     found = measure(args) | {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d")}
     print("\n".join(table(found)))
