@@ -65,9 +65,10 @@ def results(base, cfg):
     return {name: tensor.clone().contiguous() for name, tensor in found.items()}
 
 
-def main(base, out, more=()):
+if __name__ == "__main__":
     from safetensors.torch import save_file
 
+    base, out, more = arguments(__doc__, base={}, out={}, flags=dict(nargs=REST))
     flags = f"--setting toy --policy {base} --batch-size 8 --micro-tokens 128 --lr 1e-3 --eta 1 --out {out}"
     flags += " --num-prompts 40 --wave 8 --engine transformers"
     cfg = refuel.read_config([*flags.split(), *more])
@@ -79,7 +80,3 @@ def main(base, out, more=()):
     if rank() == 0:
         save_file(found, os.path.join(out, f"ranks_{world()}.safetensors"))
     ranks.barrier()
-
-
-if __name__ == "__main__":
-    main(*arguments(__doc__, base={}, out={}, flags=dict(nargs=REST)))
