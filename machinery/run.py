@@ -204,7 +204,7 @@ class Run:
 
         path = os.path.join(self.folder, "pairs.jsonl")
         if not on_rank_0(lambda: os.path.exists(path)):
-            self.forget_others(path)
+            self.forget_computed()
         resumed = os.path.exists(path) or os.path.exists(f"{path}.parts")
         self.played = 0  # waves, by this process
         self.spent = (self.row_of(self.t, "collect") or {}).get("seconds", 0) if resumed else 0  # before the run was stopped
@@ -244,7 +244,7 @@ class Run:
             self.report_pairs(pairs, len(prompts), dropped, broken, tokens, seconds, resumed)
         return pairs
 
-    def forget_others(self, path):
+    def forget_computed(self):
         """What was computed of pairs that somebody has removed is not that of the new ones."""
         if rank() == 0 and os.path.isdir(self.folder):
             remove_best(self.folder)

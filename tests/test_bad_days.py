@@ -27,6 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bad_ranks
+import served
 from machinery import data
 from machinery import engines
 import evaluate
@@ -456,7 +457,7 @@ def test_the_ids_under_the_mask_are_the_sampled_ids_whatever_anybody_says(tokeni
 # --- numbers, and more ranks than pairs --------------------------------------------------------------------------
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TORCHRUN = [sys.executable, *served.TORCHRUN]
 
 
 def start(*command, **options):
