@@ -2,7 +2,8 @@
 
 A folder holds the rows of one seed, each played in a folder of its own in it (runs/shop_0/refuel), or baselines.py's
 folder of all of them. Counted are the shares of answers that ask, ask again or repeat a proposal, and how much customers
-have stated; beside them stand the paired differences of win rates over the dialogues (baselines.differences)."""
+have stated; beside them stand the paired differences of win rates over the dialogues (baselines.differences), and how far
+the share of answers that ask goes with a row's average win rate over all trainings."""
 import argparse
 import glob
 import json
@@ -80,23 +81,36 @@ def played(folder):
     return seeds.pop(), found, unfinished
 
 
+def with_win_rate(found):
+    """{which rows: Pearson's correlation, over their trainings, of the share that asks with the average win rate}.
+
+    found: [(row, share, win rate)]; the rows of one kind of data have an entry of their own."""
+    rows = {"all": found} | {data: [one for one in found if one[0].endswith(data)] for data in baselines.DATA}
+    return {name: round(float(np.corrcoef(np.array([one[1:] for one in some]).T)[0, 1]), 3)
+            for name, some in rows.items() if len(some) > 2}  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="FOLDER")
     parser.add_argument("--out", metavar="FILE", help="write it there instead of printing it")
     flags = parser.parse_args()
     with one_line("tests/answers.py"):
-        answers, differences, rest = {}, {}, {}
+        answers, differences, points, rest = {}, {}, [], {}
         for folder in flags.folders:
             seed, rows, unfinished = played(folder)
             answers[f"seed {seed}"] = {name: counted(rows[name]) for name in sorted(rows)}
+            for name in rows.keys() - {"base"}:
+                won = evaluate.judged(rows[name], rows["base"], evaluate.by_reward(shop.reward), TURNS)
+                points.append((name, answers[f"seed {seed}"][name]["asks"], 100 * won.mean()))
             table = baselines.differences(rows, shop.reward, TURNS).splitlines()[2:]
             differences[f"seed {seed}"] = ["{}: {}; average {}".format(*line.strip("| ").split(" | ")) for line in table]
             for name in unfinished:
                 one = evaluate.summary(rows[name], rows["base"], evaluate.by_reward(shop.reward), shop.reward, TURNS)
                 one = {key: one[key] for key in ("win", "avg", "avg_low", "avg_high", "reward")}
                 rest[f"{name}, seed {seed}, played and not finished"] = one
-        found = {"columns": COLUMNS, "answers": answers, "differences": differences} | rest
+        asking = {"asks and average win rate, correlation over trainings": with_win_rate(points)}
+        found = {"columns": COLUMNS, "answers": answers} | asking | {"differences": differences} | rest
         text = re.sub(r"[{\[][^{}\[\]]*[}\]]", lambda m: re.sub(r"\s*\n\s*", " ", m[0]), json.dumps(found, indent=1))
         if flags.out:
             files.write_file(flags.out, f"{text}\n")

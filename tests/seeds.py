@@ -4,8 +4,8 @@
 
 Reads the results.json of as many runs of baselines.py that differ in --seed alone, or their folders; a folder without one
 stands for the rows of one seed that were run side by side, each in a folder of its own in it. A row that some seeds lack
-is the mean of those that have it, and each seed's own number says which; a difference in the figure is over the seeds
-that both rows have. An interval over dialogues holds one policy's luck with customers; the spread over seeds the luck of
+is the mean of those that have it, and each seed's own number says which; a difference, printed or in the figure, is over
+the seeds that both rows have. An interval over dialogues holds one policy's luck with customers; the spread over seeds the luck of
 pairs, their order and the same test customers' noise. Of two or three seeds the standard deviation itself is hardly
 known, so each seed's number is printed.
 """
@@ -108,6 +108,20 @@ def costs(rows):
     return "\n".join(markdown(heads, lines))
 
 
+def differences(rows):
+    """REFUEL's average less each row's, over the seeds that both have. Such a difference has the noise of both trainings;
+    baselines.differences has, for one seed, the noise of customers alone."""
+    lines = []
+    for name, row in rows.items():
+        each = np.subtract(rows["refuel"]["seeds"], row["seeds"])
+        each = each[~np.isnan(each)]
+        if name in ("base", "refuel") or not len(each):
+            continue
+        error = each.std(ddof=1) / np.sqrt(len(each)) if len(each) > 1 else np.nan
+        lines.append([name, f"{each.mean():+.1f}", number(error, 1), ", ".join(f"{x:+.1f}" for x in each)])
+    return "\n".join(markdown(["REFUEL less", "mean over seeds", "its standard error", "each seed"], lines))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+")
@@ -119,6 +133,8 @@ def main():
         print(table(rows))
         if any("held_out" in row for row in rows.values()):
             print(f"\n{costs(rows)}")
+        if len(flags.files) > 1 and "refuel" in rows:
+            print(f"\n{differences(rows)}")
         if flags.figure:
             curve = json.load(open(flags.curve)) if flags.curve else {}
             kinds = ["lt-offline", "lt-mixed", "lt-online", "mt-mixed", "refuel", "hybrid"]

@@ -408,6 +408,8 @@ def test_seeds_of_unlike_runs_are_not_put_together(tmp_path):
     assert seeds.results(str(tmp_path / "a" / "one")) == one
     unknown = seeds.merged([one, dict(base=two["base"], refuel=some_row(72.0))])
     assert "| - |" in seeds.table(unknown)  # a KL that was not measured is none, and not 0
+    rows = seeds.merged([one | dict(x=some_row(60.0), y=some_row(60.0)), two | dict(x=some_row(66.0))])
+    assert seeds.differences(rows).splitlines()[2:] == ["| x | +8.0 | 2.0 | +10.0, +6.0 |", "| y | +10.0 | - | +10.0 |"]
     for runs, each, sd in (([one, dict(base=two["base"])], "70.0, -", "-"), ([dict(base=two["base"]), one], "-, 70.0", "-"),
                            ([dict(base=some_row(50.0, 0.4)), one, two], "-, 70.0, 72.0", "1.4")):
         line = seeds.table(seeds.merged(runs)).splitlines()[-1]
