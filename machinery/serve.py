@@ -1,7 +1,7 @@
 """The user's model as a server that lives exactly as long as the run: vLLM over all GPUs of a node (section 4.2, C.2).
 
 `--user serve:ORG/MODEL` (a hub id or a folder; evaluate.py's --policy takes it, too): local rank 0 of each node starts
-the server that `vllm serve` starts, on a free port of the loopback interface, and waits until it is healthy; the node's
+the server that `vllm serve` starts, on a free port of the loopback interface, and waits until it is ready; the node's
 other ranks are told where it is. Between the run and the server stands watchdog.py, which ends the server with the run.
 """
 import atexit
@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ from machinery.ask import Server
 from machinery.files import BadInput
 from machinery.ranks import local_rank, node, told
 
-START = 1500  # seconds until the server must be healthy: a 70B is read from a slow disk in minutes
+START = 1500  # seconds until the server must be ready: a 70B is read from a slow disk in minutes
 
 
 def check_vllm(flag):
@@ -34,23 +35,24 @@ def check_vllm(flag):
 
 @functools.lru_cache(maxsize=1)
 def start(path, log, room, share):
-    """The server's URL, on every rank of the node; one server however often it is asked for.
+    """The server's URL and its model's name, on every rank of the node; one server however often it is asked for.
 
     path: a checkpoint folder; log: where the server writes; room: tokens of prompt and reply; share: what the server gets
     of each GPU (plan.Share). A server that does not start is BadInput with the end of its log, on all ranks of all nodes."""
-    port, why = None, None
+    place, why = None, None
     if local_rank() == 0:
         try:
-            port = launch(path, log, room, share)
+            place = launch(path, log, room, share)
         except BadInput as error:
             why = str(error)
-    places = told((node(), port, why))
+    places = told((node(), place, why))
     if why:
         raise BadInput(why)
     for number, _, other in places:
         if other:
             raise BadInput(f"the {who(log)}'s server did not start on node {number}")
-    return next(f"http://127.0.0.1:{port}/v1" for number, port, _ in places if number == node() and port)
+    port, name = next(place for number, place, _ in places if number == node() and place)
+    return f"http://127.0.0.1:{port}/v1", name
 
 
 class Served(Server):
@@ -60,7 +62,7 @@ class Served(Server):
     trust_env = False  # no proxy knows this machine's loopback interface
 
     def __init__(self, path, log, room, share, flag="--user", **options):
-        super().__init__(start(path, log, room, share), "user", timeout=1800, tries=3, flag=flag, **options)
+        super().__init__(*start(path, log, room, share), timeout=1800, tries=3, flag=flag, **options)
         self.path, self.log, self.key = path, log, ""
 
     def __call__(self, prompts, seeds=None, allowed=None):
@@ -72,18 +74,19 @@ class Served(Server):
 
 
 def launch(path, log, room, share):
-    """Start the server behind its watchdog and return its port when it is healthy."""
-    port = free_port()
+    """Start the server behind its watchdog and return its port and its model's name when it is ready. The name is drawn for
+    it alone: another run may have taken the port in between, and its server must not be taken for this one."""
+    port, name = free_port(), f"{who(log)}-{secrets.token_hex(8)}"
     os.makedirs(os.path.dirname(log), exist_ok=True)
     with open(log, "wb") as out:
         guard = subprocess.Popen(
-            [sys.executable, os.path.abspath(watchdog.__file__), str(os.getpid()), *command(path, port, room, share)],
+            [sys.executable, os.path.abspath(watchdog.__file__), str(os.getpid()), *command(path, port, name, room, share)],
             stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment(), start_new_session=True)  # fmt: skip
     atexit.register(stop, guard)
     print(f"serving {path} to the node (log: {log})", flush=True)
     began = time.monotonic()
     with tqdm(desc=f"{who(log)}'s server", bar_format="{desc}: {elapsed} {postfix}", disable=node() > 0) as bar:
-        while not healthy(port):
+        while not ready(port, name):
             if guard.poll() is not None or ended(log):
                 raise BadInput(report(log, path, "ended before it was ready"))
             if time.monotonic() - began > START:
@@ -91,14 +94,14 @@ def launch(path, log, room, share):
                 raise BadInput(report(log, path, f"was not ready after {START} seconds"))
             bar.set_postfix_str((tail(log, 1) or [""])[0][-80:])
             time.sleep(0.5)
-    return port
+    return port, name
 
 
-def command(path, port, room, share):
+def command(path, port, name, room, share):
     """What `vllm serve` runs. By module, since vLLM's CPU build lacks the metadata that the script itself looks up."""
     import torch
 
-    words = f"""--host 127.0.0.1 --port {port} --served-model-name user --dtype bfloat16 --max-model-len {room}
+    words = f"""--host 127.0.0.1 --port {port} --served-model-name {name} --dtype bfloat16 --max-model-len {room}
                 --generation-config vllm --seed 0 --disable-uvicorn-access-log"""  # vllm: no top-p of the checkpoint's
     if torch.cuda.is_available():
         split = plan.tensor_parallel(plan.shape(path), torch.cuda.device_count())
@@ -125,9 +128,10 @@ def free_port():
         return s.getsockname()[1]
 
 
-def healthy(port):
+def ready(port, name):
+    """Whether a server there has this model; vLLM listens once it can answer."""
     try:
-        return httpx2.get(f"http://127.0.0.1:{port}/health", timeout=10, trust_env=False).status_code == 200
+        return f'"{name}"' in httpx2.get(f"http://127.0.0.1:{port}/v1/models", timeout=10, trust_env=False).text
     except httpx2.HTTPError:
         return False
 

@@ -2,12 +2,12 @@
 
     python tests/seeds.py results/toy/seed_0.json results/toy/seed_1.json --figure results/toy/figure.png
 
-Reads the results.json of as many runs of baselines.py that differ in --seed alone, or their folders; a folder without one
-stands for the rows of one seed that were run side by side, each in a folder of its own in it. A row that some seeds lack
-is the mean of those that have it, and each seed's own number says which; a difference, printed or in the figure, is over
-the seeds that both rows have. An interval over dialogues holds one policy's luck with customers; the spread over seeds the luck of
-pairs, their order and the same test customers' noise. Of two or three seeds the standard deviation itself is hardly
-known, so each seed's number is printed.
+Reads the results.json of as many runs of baselines.py that differ in --seed alone, or their folders; a folder without
+one stands for the rows of one seed that were run side by side, each in a folder of its own in it. A row that some
+seeds lack is the mean of those that have it, and each seed's own number says which; a difference, printed or in the
+figure, is over the seeds that both rows have. An interval over dialogues holds one policy's luck with customers; the
+spread over seeds the luck of pairs, their order and the same test customers' noise. Of two or three seeds the standard
+deviation itself is hardly known, so each seed's number is printed.
 """
 import sys
 

@@ -4,7 +4,7 @@ Each row starts `torchrun --nproc_per_node 2 refuel.py --user serve:...`, waits 
 and looks for what is left. After a server that dies under the run, the same command has to finish the run.
 
     python tests/served.py rank OUT     one process of a small run, with a server that is no model (for test_serve.py)
-    python tests/served.py fake PORT    that server
+    python tests/served.py fake PORT NAME    that server
 """
 import json
 import os
@@ -54,8 +54,8 @@ def wait_for(condition, seconds):
     return None
 
 
-def fake(port):
-    """/health and one answer; its child, like an engine, does not listen to SIGTERM."""
+def fake(port, name):
+    """Its models and one answer; its child, like an engine, does not listen to SIGTERM."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
@@ -65,6 +65,7 @@ def fake(port):
         def do_GET(self):
             self.send_response(200)
             self.end_headers()
+            self.wfile.write(json.dumps({"data": [{"id": name}]}).encode())
 
         def do_POST(self):
             body = json.dumps({"choices": [{"message": {"content": "Question: go on"}}]}).encode()
@@ -85,7 +86,7 @@ def one_rank(out):
     from machinery.files import write_file
     from machinery.ranks import rank, world
 
-    serve.command = lambda path, port, room, share: [sys.executable, os.path.abspath(__file__), "fake", str(port)]
+    serve.command = lambda path, port, name, *_: [sys.executable, os.path.abspath(__file__), "fake", str(port), name]
     if world() > 1:
         from machinery import ranks
 
@@ -139,4 +140,4 @@ def main(out, names):
 
 if __name__ == "__main__":
     mode, rest = arguments(__doc__, out={}, ends=dict(nargs="*", metavar="END"))
-    {"fake": lambda: fake(int(rest[0])), "rank": lambda: one_rank(rest[0])}.get(mode, lambda: main(mode, rest))()
+    {"fake": lambda: fake(int(rest[0]), rest[1]), "rank": lambda: one_rank(rest[0])}.get(mode, lambda: main(mode, rest))()

@@ -460,7 +460,8 @@ def test_a_reward_that_counts_tokens_is_refused_for_a_policy_whose_tokens_are_no
 
 def test_the_node_serves_a_policy_as_it_serves_a_user(base, tmp_path, capsys, monkeypatch):
     script = os.path.join(ROOT, "tests", "served.py")
-    monkeypatch.setattr(machinery_serve, "command", lambda path, port, *_: [sys.executable, script, "fake", str(port)])
+    serving = lambda path, port, name, *_: [sys.executable, script, "fake", str(port), name]  # noqa: E731
+    monkeypatch.setattr(machinery_serve, "command", serving)
     monkeypatch.setattr(machinery_serve, "check_vllm", lambda flag: None)
     machinery_serve.start.cache_clear()
     out = str(tmp_path / "out")

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from helpers import ROOT, make_asker
 from machinery import users
@@ -23,10 +25,36 @@ from simulator import Dialogue
 def fake(monkeypatch):
     """A server that is no model, with a child that does not listen to SIGTERM, in the place of vLLM's."""
     script = os.path.join(ROOT, "tests", "served.py")
-    monkeypatch.setattr(serve, "command", lambda path, port, room, share: [sys.executable, script, "fake", str(port)])
+    monkeypatch.setattr(serve, "command", lambda path, port, name, *_: [sys.executable, script, "fake", str(port), name])
     serve.start.cache_clear()
     yield
     serve.start.cache_clear()
+
+
+@pytest.fixture
+def serve_models():
+    """name -> the port of a server, of another run say, that has a model of this name."""
+    servers = []
+
+    class Models(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": [{"id": servers[-1].name}]}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    def start(name):
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Models))
+        servers[-1].name = name
+        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
+        return servers[-1].server_address[1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.fixture
@@ -96,6 +124,15 @@ def test_a_server_that_is_never_ready_is_ended(tmp_path, monkeypatch, watchdogs)
     assert watchdogs[0].poll() is not None
 
 
+def test_another_runs_server_on_the_same_port_is_not_taken_for_the_runs_own(tmp_path, monkeypatch, watchdogs, serve_models):
+    words = "import time; time.sleep(2); raise OSError('address already in use')"
+    monkeypatch.setattr(serve, "command", lambda *_: [sys.executable, "-c", words])
+    monkeypatch.setattr(serve, "free_port", lambda: serve_models("user-0123456789abcdef"))
+    serve.start.cache_clear()
+    with pytest.raises(BadInput, match="ended before it was ready: OSError: address already in use"):
+        serve.start("a model", str(tmp_path / "user_0.log"), 9, None)
+
+
 def test_the_node_asks_its_server_directly_and_keeps_the_key_to_itself(tmp_path, monkeypatch, fake, watchdogs):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("OPENAI_API_KEY", "a-secret-key")
@@ -111,7 +148,7 @@ def test_vllm_plays_the_user_and_its_death_stops_the_run_in_one_line(cfg, tmp_pa
     cfg = replace(cfg, user=f"serve:{make_asker(tmp_path / 'asker')}", user_tokens=16)
     user = users.load_user(cfg)
     d = Dialogue.start(tokenizers["toy"], "something red please").add_answer(tokenizers["toy"], [2])
-    assert user.reply([d, d]) == ["go on", "go on"] and user.ask.model == "user"
+    assert user.reply([d, d]) == ["go on", "go on"] and user.ask.model.startswith("user-")
     children = subprocess.run(["ps", "-o", "pid=", "-g", str(watchdogs[0].pid)], capture_output=True, text=True).stdout
     assert len(children.split()) >= 3  # the watchdog, the server, its engine
     engine = max(map(int, children.split()))
