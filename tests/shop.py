@@ -104,8 +104,7 @@ DEFAULTS = dict(iterations=2, num_prompts=512, max_turns=5, max_new_tokens=32, m
                 reward_tokens=512, eta=100.0, beta=0.1, lr=1e-5, batch_size=16, epochs=2, validation=64, patience=2,
                 checkpoint_steps=14, activation_checkpointing="none", wave=128, eval_wave=250, eval_dialogues=500)  # fmt: skip
 # A row's own constants: the best average win rate on 300 validation customers after both iterations, seed 100, of what
-# results/small/shop_grid.json lists under "second". On an edge of what was tried are rebel-lt-mixed's, rebel-lt-offline's and
-# refuel-hybrid's eta, rebel-lt-online's and dpo-lt-offline's lr, and RLOO's, of which 3e-6 and 1e-5 were tried.
+# results/small/shop_grid.json lists under "second"; docs/small_model.md says which lie on an edge of what was tried.
 BASELINES = {
     "rebel-lt-offline": {"eta": 3.0}, "rebel-lt-mixed": {"eta": 300.0}, "rebel-lt-online": {"eta": 10.0},
     "dpo-lt-offline": {"beta": 1.0, "lr": 1e-6}, "dpo-lt-online": {"beta": 1.0}, "dpo-refuel": {"beta": 0.03},
