@@ -8,6 +8,7 @@ import traceback
 
 from machinery.files import ROOT, BadInput, brief
 
+COMPARED = set()  # files whose reward was asked with a dialogue alone, once in a process
 END = object()  # a user's reply that ends the dialogue: it is finished with the turns that it has, and no failure
 MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NameError)
 
@@ -34,7 +35,22 @@ def score(reward, dialogues):
             raise BadInput(f"--reward gave {r!r} where a number is due: {opening(d)}{of(reward)}")
         if r is not None and not math.isfinite(scores[-1]):
             raise BadInput(f"the --reward of a dialogue is not finite ({r}): {opening(d)}{of(reward)}")
+    known = [(r, i) for i, r in enumerate(scores) if r is not None]
+    if source(reward) not in COMPARED | {None} and known and min(known)[0] < max(known)[0]:
+        COMPARED.add(source(reward))
+        for r, i in (min(known), max(known)):
+            compare(reward, dialogues[i], r, max(known)[0] - min(known)[0])
     return scores
+
+
+def compare(reward, dialogue, among_others, spread):
+    """A person's own reward must not depend on what else is in the batch (ranks, a mean of 0): its wave, not its user, would
+    decide what a dialogue is worth. Twice alone, since one that draws by itself tells nothing; 5 % of the spread is a
+    model's rounding."""
+    alone, again = (of_each(reward, [dialogue], "--reward")[0] for _ in range(2))
+    if repr(alone) == repr(again) and (alone is None or not abs(float(alone) - among_others) <= 0.05 * spread):
+        raise BadInput(f"--reward gave {among_others:.4g} to a dialogue among others, and {alone} to it alone; it must not depend "
+                       f"on the batch: {opening(dialogue)}{of(reward)}")  # fmt: skip
 
 
 def malformed(reward, dialogues):

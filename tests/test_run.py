@@ -2,6 +2,7 @@
 import fcntl
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -327,6 +328,32 @@ def test_what_a_reward_gives_is_checked_where_it_enters(reward, words):
         simulator.score(reward, dialogues(3))
     for word in words:
         assert word in str(stop.value)
+
+
+def number(d):
+    return float(d.messages[0]["content"][8:])
+
+
+@pytest.mark.parametrize("reward, words", [
+    (lambda ds: [number(d) - sum(map(number, ds)) / len(ds) for d in ds], "gave -1 to a dialogue among others, and 0.0 to it alone"),
+    (lambda ds: [sorted(map(number, ds)).index(number(d)) for d in ds], "gave 2 to .* 0 to it alone.*opening 2"),
+    (lambda ds: [None if len(ds) == 1 else number(d) for d in ds], "None to it alone"),
+    (lambda ds: [float("nan") if len(ds) == 1 else number(d) for d in ds], "nan to it alone"),
+])  # fmt: skip
+def test_a_reward_that_depends_on_the_batch_is_refused(reward, words, monkeypatch):
+    monkeypatch.setattr(seams, "COMPARED", set())
+    with pytest.raises(BadInput, match=words):
+        simulator.score(reward, dialogues(3))
+
+
+@pytest.mark.parametrize("reward", [
+    lambda ds: [number(d) * (1 + 0.01 * len(ds)) for d in ds],  # as a model's rounding
+    lambda ds: [number(d) + random.random() for d in ds],  # a judge that draws
+    lambda ds: [None if number(d) == 1 else 3.0 for d in ds],
+])  # fmt: skip
+def test_a_reward_that_is_rounded_or_drawn_is_not_refused_for_that(reward, monkeypatch):
+    monkeypatch.setattr(seams, "COMPARED", set())
+    assert len(simulator.score(reward, dialogues(3))) == 3
 
 
 class Says:

@@ -135,6 +135,8 @@ WRONG = {  # what is replaced: by what, and words of the line
     "one that is not finite": (SCORES, "    return [float('nan') for d in dialogues]", ("--reward", "not finite (nan)", "tutor.py")),
     "a dict of rewards": (SCORES, "    return {d.secret: 1.0 for d in dialogues}", ("--reward gave", "a list with one for each")),
     "a set of rewards": (SCORES, "    return {100.37 + i for i, d in enumerate(dialogues)}", ("--reward gave", "a list with one")),
+    "rewards with a mean of 0": (SCORES, "    return [i - (len(dialogues) - 1) / 2 for i in range(len(dialogues))]",
+                                 ("--reward gave", "alone", "must not depend on the batch", "tutor.py")),
     "the test's prompts for training": (PROMPTS, '    return [("a", "b"), ("c", "d")]', ("one list for 'train' and for 'test'",)),
     "yield": (SCORES, "    yield 1.0", ("--reward gave a generator",)),
 }  # fmt: skip
