@@ -30,7 +30,7 @@ import numpy as np
 import simulator
 from machinery import engines, families, files, fsdp, outside, page, plan, worlds
 from machinery.ask import Server
-from machinery.files import BadInput, read_weights, write_file
+from machinery.files import BadInput, brief, read_weights, write_file
 from machinery.judges import ANTHROPIC_HH, ULTRAINTERACT, LLMJudge, LocalJudge, context_of
 from machinery.logps import dialogue_logps
 from machinery.ranks import barrier, in_waves, on_rank_0, one_line, rank, start_processes
@@ -48,11 +48,13 @@ from simulator import Dialogue, rollout
 
 
 def by_reward(reward):
-    """A judge from a reward model: 1 where a's conversation earns more than b's, 1/2 where they earn the same."""
+    """A judge from a reward model: 1 where a's conversation earns more than b's, 1/2 where they earn the same. Equal ones
+    earn the same, though a model reads them in batches of other shapes and rounds them otherwise."""
 
     def judge(a, b):
-        difference = np.subtract(reward(a), reward(b))
-        return (np.sign(difference) + 1) / 2
+        sign_N = np.sign(np.subtract(reward(a), reward(b)))
+        equal_N = [(x.conversation(), x.truncated) == (y.conversation(), y.truncated) for x, y in zip(a, b, strict=True)]
+        return (np.where(equal_N, 0, sign_N) + 1) / 2
 
     return judge
 
@@ -303,11 +305,20 @@ def play(file, path, prompts, policy, user, cfg, among=1):
     return dialogues
 
 
-def finished(played, reward):
-    """{name: dialogues} without the openings on which any policy's dialogue failed or cannot be scored, and which are left."""
+def finished(played, reward, cfg):
+    """{name: dialogues} without the openings on which any policy's dialogue failed or cannot be scored, and which are left.
+
+    Where many do not fit, what is left are the openings on which nobody says much: above --max-failures that is refused."""
     good = np.ones(len(next(iter(played.values()))), dtype=bool)
-    for dialogues in played.values():
-        good &= np.array([not d.failed for d in dialogues]) & np.array(fits(reward, dialogues))
+    fit, long = good.copy(), {}
+    for name, dialogues in played.items():
+        fit_N = np.array([d.failed != "too long" for d in dialogues]) & np.array(fits(reward, dialogues))
+        good &= np.array([not d.failed for d in dialogues]) & fit_N
+        fit &= fit_N
+        long[name] = int((~fit_N).sum())
+    if (~fit).sum() > math.ceil(cfg.max_failures * len(fit)):
+        raise BadInput(f"{(~fit).sum()} of {len(fit)} evaluation dialogues do not fit --max-length or --reward-tokens ({brief(long)}) and "
+                       f"would be left out for all policies; --max-failures is {cfg.max_failures:g}: raise the limits")  # fmt: skip
     if not good.any():
         raise BadInput("every evaluation dialogue failed")
     kept, rows = {}, np.flatnonzero(good).tolist()
@@ -332,7 +343,7 @@ def evaluate(policies, folder, policy, user, reward, cfg, judge=None, kl=True):
     for name in sorted(paths, key=lambda name: stranger(paths[name], policy)):  # strangers last
         file = os.path.join(folder, "eval", f"{name}.jsonl")
         played[name] = play(file, paths[name], prompts, policy, user, cfg, among)
-    played, rows = finished({name: played[name] for name in paths}, reward)
+    played, rows = finished({name: played[name] for name in paths}, reward, cfg)
     scores = shared(reward)
     policy.sleep()  # any later use of it brings weights
     policy.temperature = cfg.temperature
@@ -391,7 +402,7 @@ def command(argv):
     own, rest = own.parse_known_args(argv)
     flags = dict(judge=dict(default="reward", metavar="reward|world|URL|FOLDER", help="who compares [reward]"),
                  judge_model=dict(metavar="NAME", help="the judge's name at a URL"),
-                 judge_tokens=dict(default=512, type=int, metavar="N", help="room for its comparison and verdict [512]"),
+                 judge_tokens=dict(type=int, metavar="N", help="room for its comparison and verdict [512]"),
                  judge_context=dict(type=int, metavar="N", help="tokens of a prompt and its reply; else by its name"))
     if own.page is not None:
         if own.policy or own.out or rest:
@@ -401,9 +412,14 @@ def command(argv):
     cfg, extra = read_config(rest, __doc__, **flags)
     if not own.policy:
         raise BadInput("--policy names at least one run folder, checkpoint folder or hub id")
+    asked = {"judge_model": "a URL", "judge_context": "a URL", "judge_tokens": "a language model"}
+    for name, whom in asked.items():
+        if extra[name] is not None and ("://" not in extra["judge"] if whom == "a URL" else extra["judge"] in ("reward", "world")):
+            raise BadInput(f"--{name.replace('_', '-')} is for {whom}, and --judge {extra['judge']} is none")
+    extra["judge_tokens"] = 512 if extra["judge_tokens"] is None else extra["judge_tokens"]
     if extra["judge_tokens"] < 1:
         raise BadInput(f"--judge-tokens must be positive, not {extra['judge_tokens']}")
-    context = extra.setdefault("judge_context", None)
+    context = extra["judge_context"]
     if context is not None and context <= extra["judge_tokens"]:
         raise BadInput(f"--judge-context must be more than --judge-tokens {extra['judge_tokens']}, not {context}")
     out = own.out or os.path.join("runs", "eval", os.path.basename(cfg.out))
@@ -445,6 +461,22 @@ def check_unseen(policies, cfg):
                            "with that flag holds them back")  # fmt: skip
 
 
+def check_trained(policies, cfg):
+    """Refuse a policy that was trained at another temperature than it would play at, where its KL would be another's; say
+    what else differs from its run's config.json, which may be meant."""
+    for name, path in policies.items():
+        file = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(path))), "config.json")
+        run = files.read_json(file) if not outside.is_outside(path) and os.path.exists(file) else {}
+        then = run.get("temperature", cfg.temperature)
+        if then != cfg.temperature and cfg.eval_temperature in (0, cfg.temperature):
+            raise BadInput(f"--policy {path} was trained at --temperature {then:g}, not {cfg.temperature:g}: give that, or another "
+                           "--eval-temperature, without KL")  # fmt: skip
+        other = [f"{field} {run[field]!r}" for field in ("system", "max_turns", "max_new_tokens", "user", "reward")
+                 if field in run and run[field] != getattr(cfg, field)]  # fmt: skip
+        if other and rank() == 0:
+            print(f"{name} was trained with other settings than it plays with: {', '.join(other)}", flush=True)
+
+
 def name_of(path):
     """The last part of a path; of an iteration's policy the run's name, too."""
     parts = (os.path.abspath(path) if os.path.isdir(path) else path).removesuffix("/policy").split("/")
@@ -457,7 +489,7 @@ def load_judge(flags, cfg, count):
 
     count: tokens of a text by the policy's tokenizer, which is near enough to a server's own."""
     name, model, judge_tokens = flags["judge"], flags["judge_model"], flags["judge_tokens"]
-    wording = ANTHROPIC_HH if is_hh(cfg.dataset) else ULTRAINTERACT
+    wording = ANTHROPIC_HH if is_hh(cfg.dataset) and not worlds.world_file(cfg.dataset) else ULTRAINTERACT
     folder = os.path.join(cfg.out, "verdicts")
     if name == "reward":
         return None
@@ -485,6 +517,7 @@ def main(argv=None):
         cfg = simulator.prepare(replace(cfg, policy=cfg.reference), trains=False)
         beside = outside.check(policies.values(), cfg)
         check_unseen(policies, cfg)
+        check_trained(policies, cfg)
         for path in policies.values():
             if not outside.is_outside(path):
                 files.check_positions(path, cfg)

@@ -55,6 +55,8 @@ def footer(results):
     few = "" if dialogues >= 100 else ", too few for that: such intervals hold the truth in 88 to 94 % of cases"
     cut = ", ".join(f"{name} {row['cut']:.1f}" for name, row in results.items() if row.get("cut"))
     cut = f"; answers cut at the token limit, %: {cut}" if cut else ""
+    lost = max(row.get("failed", 0) for row in results.values())
+    cut += f"; {lost} openings left out, on which a dialogue failed or did not fit" if lost else ""
     return f"win rates are against base, ties half, 95 % bootstrap intervals over {dialogues} dialogues{few}{cut}"
 
 

@@ -395,7 +395,12 @@ class Run:
     # --- training ------------------------------------------------------------------------------------------------
 
     def hold_out(self, pairs, loss_fn):
-        """The pairs that are trained on: all but the last --validation ones."""
+        """The pairs that are trained on: all but the last --validation ones. Their rewards are Eq. 11's, whose penalty can
+        make equal what the reward told apart."""
+        differ = np.mean([pair.rewards[0] != pair.rewards[1] for pair in pairs])
+        if self.cfg.penalty and differ < 0.1 and rank() == 0:
+            print(f"iteration {self.t}: with --penalty for cut answers the two rewards differ in {differ:.1%} of the pairs; the "
+                  "others teach nothing: more --max-new-tokens would leave more answers whole", flush=True)  # fmt: skip
         self.held_out = HeldOut(pairs, self.cfg, loss_fn, self.t)
         return self.held_out.training
 

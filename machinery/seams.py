@@ -8,7 +8,7 @@ import traceback
 
 from machinery.files import ROOT, BadInput, brief
 
-COMPARED = set()  # files whose reward was asked with a dialogue alone, once in a process
+COMPARED, ASKED_TWICE = set(), set()  # files whose reward, whose user was asked about a dialogue again, once in a process
 END = object()  # a user's reply that ends the dialogue: it is finished with the turns that it has, and no failure
 MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NameError)
 
@@ -19,6 +19,13 @@ def ask(user, dialogues):
     for d, text in zip(dialogues, texts, strict=True):
         if text is not None and text is not END and not (isinstance(text, str) and text.strip()):
             raise BadInput(f"--user gave {text!r} as a turn (None would be no turn): {opening(d)}{of(user.reply)}")
+    if source(user.reply) not in ASKED_TWICE | {None} and not getattr(user, "threads", 0):
+        ASKED_TWICE.add(source(user.reply))
+        few = slice(2)
+        for d, text, again in zip(dialogues[few], texts[few], of_each(user.reply, dialogues[few], "--user"), strict=True):
+            if text != again:
+                raise BadInput(f"--user gave {text!r}, and {again!r} when asked again: it must keep nothing between calls, and draw from "
+                               f"d.seed(...) alone (one that asks a server says threads = N): {opening(d)}{of(user.reply)}")  # fmt: skip
     return texts
 
 

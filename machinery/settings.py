@@ -261,6 +261,9 @@ def read_config(argv, description=None, **more):
         if name in given:
             extra[name] = given.pop(name)
     file = given.pop("world", None)
+    parts = {given.get(name, "") for name in ("dataset", "user", "reward")}
+    if file is None and len(parts) == 1 and min(parts).endswith(".py"):
+        file = given["dataset"]  # what --world is short for: DEFAULTS go with BASELINES
     setting = given.pop("setting", "world" if file else None)
     if setting not in SETTINGS:
         found = "is missing" if setting is None else f"is none of them: {setting}{did_you_mean(setting, SETTINGS)}"
@@ -271,7 +274,7 @@ def read_config(argv, description=None, **more):
     if is_hh(dataset) and worlds.world_file(dataset) is None:
         values |= HH.get(setting, {})
     values |= own
-    if "policy" in given:
+    if "policy" in given and not (file and "reference" in worlds.defaults(file)):
         values["reference"] = given["policy"]  # win rates and KL are against where the training begins
     if given.get("pairs"):
         values["iterations"] = 1  # a second one would train pi_2 on what pi_1 has said

@@ -594,6 +594,15 @@ def test_a_collection_whose_rewards_are_all_equal_says_so(cfg, tmp_path, capsys)
     assert "in no pair do the two rewards differ" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("penalty, equal, said", [(-1.0, 20, "differ in 0.0%"), (-1.0, 19, "differ in 5.0%"),
+                                                  (-1.0, 9, ""), (0.0, 20, "")])  # fmt: skip
+def test_a_penalty_that_makes_most_rewards_equal_says_so(cfg, capsys, penalty, equal, said):
+    pairs = [pair._replace(rewards=(penalty, penalty if i < equal else 1.0)) for i, pair in enumerate(random_pairs(20))]
+    Run(replace(cfg, penalty=penalty), None, None).hold_out(pairs, refuel.refuel_loss)
+    printed = capsys.readouterr().out
+    assert said in printed and ("--penalty" in printed) == bool(said)
+
+
 @pytest.mark.parametrize("penalty, said", [(4.0, True), (1.0, False), (-4.0, False), (0.0, False)])
 def test_a_penalty_that_most_rewards_lie_below_is_a_prize_and_said_to_be_one(cfg, tmp_path, capsys, penalty, said):
     pairs = equal_pairs(3)  # rewards of 1

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 from helpers import KEY, ROOT, dialogue, everything_in, last_number, on, sides
@@ -56,6 +57,45 @@ def test_answers_that_were_cut_are_counted_and_named_below_the_table():
     assert [row["cut"] for row in rows.values()] == [0.0, 25.0]
     assert report.footer(rows).endswith("; answers cut at the token limit, %: tuned 25.0")
     assert "cut" not in report.footer({"base": rows["base"]})
+
+
+def test_equal_conversations_are_a_tie_whatever_a_model_rounds():
+    a, b = [dialogue("1", "5"), dialogue("2", "2")], [dialogue("1", "5"), dialogue("2", "1")]
+    rounding = iter(range(9))
+    judge = by_reward(lambda ds: [1e-6 * next(rounding) for _ in ds])
+    assert judge(a, b).tolist() == [0.5, 0.0]
+    b[0].truncated = [False, True]  # what the last token was is seen by a reward, too
+    assert judge(a, b)[0] != 0.5
+
+
+def test_dialogues_that_do_not_fit_are_named_and_refused_where_they_are_many(cfg):
+    """The openings that are left would be those on which no policy says much."""
+    played = {name: [dialogue("1", "5") for _ in range(20)] for name in ("base", "tuned")}
+    played["tuned"][3].failed = "too long"
+    kept, rows = evaluate.finished(played, last_number, cfg)
+    assert 3 not in rows and [len(dialogues) for dialogues in kept.values()] == [19, 19]
+    row = evaluate.summary(kept["tuned"], kept["base"], by_reward(last_number), last_number) | {"failed": 1}
+    assert "; 1 openings left out" in report.footer({"base": row})
+    for i in range(4, 9):
+        played["tuned"][i].failed = "too long"
+    with pytest.raises(BadInput, match="6 of 20 evaluation dialogues do not fit .*'base': 0, 'tuned': 6.* raise the limits"):
+        evaluate.finished(played, last_number, cfg)
+    assert len(evaluate.finished(played, last_number, replace(cfg, max_failures=0.5))[1]) == 14
+    brief = SimpleNamespace(fits_dialogue=lambda d: d.failed is None and d is not played["base"][0])
+    with pytest.raises(BadInput, match="7 of 20 .*'base': 1, 'tuned': 6"):
+        evaluate.finished(played, brief, cfg)
+
+
+def test_a_policy_plays_at_the_temperature_that_it_was_trained_at(tmp_path, cfg, capsys):
+    policy = str(tmp_path / "run" / "iter_1" / "policy")
+    os.makedirs(policy)
+    then = {"temperature": 0.3, "max_turns": 9, "system": cfg.system}
+    files.write_file(str(tmp_path / "run" / "config.json"), json.dumps(then))
+    with pytest.raises(BadInput, match="trained at --temperature 0.3, not 1: give that"):
+        evaluate.check_trained({"a": policy}, cfg)
+    evaluate.check_trained({"a": policy + "/", "b": "http://x#y", "c": str(tmp_path)}, replace(cfg, temperature=0.3))
+    assert capsys.readouterr().out == "a was trained with other settings than it plays with: max_turns 9\n"
+    evaluate.check_trained({"a": policy}, replace(cfg, eval_temperature=0.7))  # without KL
 
 
 def test_prompts_that_a_run_has_trained_on_are_no_validation(tmp_path, cfg):
@@ -478,6 +518,9 @@ BAD = [
     ("--policy {trained} {trained}", "NAME="),
     ("--policy base={trained}", "base is the reference"),
     ("--policy {trained} --judge http://localhost/v1", "--judge-model"),
+    ("--policy {trained} --judge-model gpt-4-0613", "--judge-model is for a URL"),
+    ("--policy {trained} --judge world --judge-context 9000", "--judge-context is for a URL"),
+    ("--policy {trained} --judge world --judge-tokens 9", "--judge-tokens is for a language model"),
     ("--policy http://localhost/v1", "URL#MODEL"),
     ("--policy http://127.0.0.1:9/v1#m", "does not answer"),
     ("--policy ftp://localhost/v1#m", "http(s)"),

@@ -1,4 +1,5 @@
 """What a run has written or read and somebody has changed: the same command says so in one line, and never mixes."""
+import contextlib
 import fcntl
 import json
 import os
@@ -364,11 +365,38 @@ class Says:
         return self.texts
 
 
+class Forgetful:
+    """Draws by the dialogue's own seeds alone."""
+
+    def reply(self, dialogues):
+        return [f"word {random.Random(d.seed('user')).random()}" for d in dialogues]
+
+
+class Remembers(Forgetful):
+    def __init__(self, **more):
+        self.calls = 0
+        vars(self).update(more)
+
+    def reply(self, dialogues):
+        self.calls += 1
+        return [f"word {self.calls}" for _ in dialogues]
+
+
+def test_a_user_with_a_memory_is_refused_and_a_server_may_draw(monkeypatch):
+    """A conversation that is reset would meet what the user remembers of the first future."""
+    for user, words in ((Forgetful(), None), (Remembers(threads=4), None), (Remembers(), "gave 'word 1', and 'word 2' when asked again")):
+        monkeypatch.setattr(seams, "ASKED_TWICE", set())
+        with pytest.raises(BadInput, match=words) if words else contextlib.nullcontext():
+            assert len(seams.ask(user, dialogues(3))) == 3
+    assert len(seams.ask(user, dialogues(3))) == 3  # once in a process
+
+
 @pytest.mark.parametrize("texts, words", [
     (["a", "b"], ("--user", "2 values for 3")), (["a", "", "c"], ("--user", "''", "opening 1")),
     (["a", 5, "c"], ("--user", "5", "opening 1")), ("abc", ("--user", "3 values for 3")),
 ])  # fmt: skip
-def test_what_a_user_gives_is_checked_where_it_enters(texts, words):
+def test_what_a_user_gives_is_checked_where_it_enters(texts, words, monkeypatch):
+    monkeypatch.setattr(seams, "ASKED_TWICE", {os.path.realpath(__file__)})
     with pytest.raises(BadInput) as stop:
         seams.ask(Says(texts), dialogues(3))
     for word in words:

@@ -173,6 +173,17 @@ def test_a_method_that_is_near_a_right_one_is_told_the_right_one():
         baselines.choose("rebel-lt-onlin")
 
 
+def test_the_three_flags_of_one_file_are_its_world(world):
+    """DEFAULTS go with BASELINES, which are of that file's --dataset."""
+    file = world((DEFAULTS, "DEFAULTS = dict(eta=77.0, reference='a/sft')"))
+    flags = ["--policy", "a/b", "--dataset", file, "--user", file, "--reward", file]
+    long, short = refuel.read_config(flags), refuel.read_config(["--policy", "a/b", "--world", file])
+    assert long == short and long.eta == 77.0 and long.system and long.setting == "world"
+    assert long.reference == "a/sft"  # a world's own reference gives way to --reference alone
+    assert refuel.read_config(["--world", file, "--policy", "a/b", "--reference", "a/c"]).reference == "a/c"
+    assert refuel.read_config(["--setting", "toy", *flags[:4]]).eta != 77.0
+
+
 def test_two_worlds_whose_helpers_have_one_name_are_refused(tmp_path, monkeypatch):
     """The second one's import would give it the first one's file, though its own is in the fingerprint."""
     for world, scale in (("wa", 2.0), ("wb", -5.0)):
