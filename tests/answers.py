@@ -3,7 +3,8 @@
 A folder holds the rows of one seed, each played in a folder of its own in it (runs/shop_0/refuel), or baselines.py's
 folder of all of them. Counted are the shares of answers that ask, ask again or repeat a proposal, and how much customers
 have stated; beside them stand the paired differences of win rates over the dialogues (baselines.differences), and how far
-the share of answers that ask goes with a row's average win rate over all trainings."""
+the share of answers that ask goes with a row's average win rate over all trainings. Of several seeds also the win rates
+against the base policy of the other ones."""
 import argparse
 import glob
 import json
@@ -90,15 +91,33 @@ def with_win_rate(found):
             for name, some in rows.items() if len(some) > 2}  # fmt: skip
 
 
+def apart(played):
+    """{row: in each seed its average win rate against the base policy as the other seeds played it}: the same customers, but
+    no draw of the sampler or the customers in common, which a win rate of one seed has.
+
+    played: {seed: {row: dialogues}}"""
+    scores = {seed: {name: evaluate.scored(rows[name], shop.reward, TURNS) for name in rows} for seed, rows in played.items()}
+    found = {}
+    for name in dict.fromkeys(name for rows in played.values() for name in sorted(rows) if name != "base"):
+        found[name] = []
+        for seed, rows in scores.items():
+            others = [scores[other]["base"] for other in scores if other != seed]
+            if name in rows:
+                verdicts = [(np.sign(rows[name] - base_NH) + 1) / 2 for base_NH in others]
+                found[name].append(round(float(100 * np.mean(verdicts)), 2))
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="FOLDER")
     parser.add_argument("--out", metavar="FILE", help="write it there instead of printing it")
     flags = parser.parse_args()
     with one_line("tests/answers.py"):
-        answers, differences, points, rest = {}, {}, [], {}
+        everything, answers, differences, points, rest = {}, {}, {}, [], {}
         for folder in flags.folders:
             seed, rows, unfinished = played(folder)
+            everything[seed] = rows
             answers[f"seed {seed}"] = {name: counted(rows[name]) for name in sorted(rows)}
             for name in rows.keys() - {"base"}:
                 won = evaluate.judged(rows[name], rows["base"], evaluate.by_reward(shop.reward), TURNS)
@@ -110,6 +129,8 @@ def main():
                 one = {key: one[key] for key in ("win", "avg", "avg_low", "avg_high", "reward")}
                 rest[f"{name}, seed {seed}, played and not finished"] = one
         asking = {"asks and average win rate, correlation over trainings": with_win_rate(points)}
+        if len(everything) > 1:
+            rest["average win rate against the base policy of the other seeds, in each seed"] = apart(everything)
         found = {"columns": COLUMNS, "answers": answers} | asking | {"differences": differences} | rest
         text = re.sub(r"[{\[][^{}\[\]]*[}\]]", lambda m: re.sub(r"\s*\n\s*", " ", m[0]), json.dumps(found, indent=1))
         if flags.out:
