@@ -447,18 +447,30 @@ def named(arguments):
 
 def check_unseen(policies, cfg):
     """Validation prompts are training prompts: to a run that did not hold them back they are not unseen, by whatever name
-    the data set goes."""
+    the data set goes; nor to a run that began with its policy. Asked of the reference as well."""
     if cfg.eval_split != "validation":
         return
     place, content = os.path.realpath(cfg.dataset), simulator.made_of_dataset(cfg)
-    for path in policies.values():
-        file = os.path.join(os.path.dirname(os.path.dirname(path)), "config.json")
-        run = files.read_json(file) if not outside.is_outside(path) and os.path.exists(file) else {}
-        same = os.path.realpath(run.get("dataset", "")) == place  # of a hub id: the same id
-        same |= bool(content.items() & run.get("made_of", {}).items())
-        if same and run.get("eval_split") != "validation":
-            raise BadInput(f"--policy {path}: its run was trained on the prompts of --eval-split validation as well: only a run "
-                           "with that flag holds them back")  # fmt: skip
+    for flag, path in [("--reference", cfg.reference), *(("--policy", path) for path in policies.values())]:
+        for run in runs_behind(path):
+            same = os.path.realpath(run.get("dataset", "")) == place  # of a hub id: the same id
+            same |= bool(content.items() & run.get("made_of", {}).items())
+            if same and run.get("eval_split") != "validation":
+                raise BadInput(f"{flag} {path}: its run, or one that this began from, was trained on the prompts of "
+                               "--eval-split validation as well: only a run with that flag holds them back")  # fmt: skip
+
+
+def runs_behind(path):
+    """What is in the config.json of the run that made a checkpoint, of the run that made that one's --policy, and so on."""
+    found, paths = {}, [path]
+    while paths:
+        path = paths.pop()
+        for place in (os.path.abspath(path), os.path.realpath(path)):  # a link may lead to an iteration or out of its run
+            file = os.path.join(os.path.dirname(os.path.dirname(place)), "config.json")
+            if os.path.isdir(path) and os.path.exists(file) and file not in found:
+                found[file] = files.read_json(file)
+                paths.append(found[file].get("policy", ""))
+    return found.values()
 
 
 def check_trained(policies, cfg):

@@ -120,6 +120,30 @@ def test_prompts_that_a_run_has_trained_on_are_no_validation(tmp_path, cfg):
             evaluate.check_unseen({"a": policy}, replace(cfg, eval_split="validation", dataset=now))
 
 
+def test_a_run_trained_on_validation_prompts_is_found_by_whatever_path_and_behind_other_runs(tmp_path, cfg, monkeypatch):
+    def run(name, **config):
+        os.makedirs(tmp_path / name / "iter_1" / "policy")
+        files.write_file(str(tmp_path / name / "config.json"), json.dumps({"dataset": "toy"} | config))
+        return str(tmp_path / name / "iter_1" / "policy")
+
+    careless = run("careless", eval_split="test", policy="no/run")
+    child = run("child", eval_split="validation", policy=careless)
+    grandchild = run("grandchild", eval_split="validation", policy=child)
+    honest = run("honest", eval_split="validation", policy="no/run")
+    os.symlink(careless, tmp_path / "link")
+    moved = run("moved", eval_split="test")
+    shutil.move(moved, tmp_path / "disk")
+    os.symlink(tmp_path / "disk", moved)
+    monkeypatch.chdir(careless)
+    cfg = replace(cfg, eval_split="validation", dataset="toy", reference=honest)
+    evaluate.check_unseen({"a": honest, "b": "no/run"}, cfg)
+    for path in (careless, f"{careless}/", ".", str(tmp_path / "link"), moved, child, grandchild):
+        with pytest.raises(BadInput, match="^--policy .* trained on the prompts"):
+            evaluate.check_unseen({"a": honest, "b": path}, cfg)
+    with pytest.raises(BadInput, match="^--reference .* trained on the prompts"):
+        evaluate.check_unseen({"a": honest}, replace(cfg, reference=child))
+
+
 def test_intervals_over_dialogues_cover_and_intervals_over_turns_would_not():
     """The turns of a dialogue share its luck: 95 % intervals must hold the truth in about 95 % of the experiments."""
     rng, covered, naive, runs = np.random.default_rng(0), 0, 0, 300
