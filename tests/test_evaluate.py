@@ -1,6 +1,7 @@
 """Win rates, intervals, length control, KL, and the whole command."""
 import copy
 import json
+import math
 import os
 import re
 import shutil
@@ -156,6 +157,37 @@ def test_intervals_over_dialogues_cover_and_intervals_over_turns_would_not():
         low, high = evaluate.bootstrap(verdict_NH.reshape(-1, 1), samples=400, seed=run)[:, 0]
         naive += low <= truth <= high
     assert 0.91 < covered / runs < 0.98 and naive / runs < 0.85
+
+
+def coverage(dialogues, p):
+    """How often the interval of so many independent verdicts holds a win rate of p: over all numbers of wins, exactly."""
+    held = 0
+    for wins in range(dialogues + 1):
+        low, high = evaluate.bootstrap(np.arange(dialogues)[:, None] < wins)[:, 0]
+        held += math.comb(dialogues, wins) * p**wins * (1 - p) ** (dialogues - wins) * (low - 1e-9 <= p <= high + 1e-9)
+    return held
+
+
+@pytest.mark.parametrize("dialogues, p, least, most", [
+    (12, 0.5, 0.87, 0.965), (12, 0.7, 0.87, 0.965), (16, 0.5, 0.87, 0.965), (16, 0.7, 0.87, 0.965),
+    (100, 0.9, 0.91, 0.97), (12, 0.9, 0.0, 0.81), (100, 0.99, 0.0, 0.65),
+])  # fmt: skip
+def test_intervals_hold_the_truth_as_often_as_the_footer_says_and_hardly_ever_near_0_and_100(dialogues, p, least, most):
+    assert least < coverage(dialogues, p) < most and least < coverage(dialogues, 1 - p) < most
+
+
+def test_the_footer_names_the_rows_whose_intervals_are_too_narrow_at_any_number_of_dialogues():
+    def rows(dialogues, *win):
+        return {"base": dict(win=[50.0, 50.0], dialogues=dialogues), "tuned": dict(win=list(win), dialogues=dialogues)}
+
+    narrow = "; too narrow near 0 and 100 %, with fewer than 5 wins or losses: tuned"
+    for dialogues, wins in ((100, (60.0, 97.0)), (100, (3.0, 50.0)), (1000, (99.6, 99.0)), (12, (70.0, 60.0))):
+        assert report.footer(rows(dialogues, *wins)).endswith(narrow)
+    for dialogues, wins in ((100, (95.0, 60.0)), (1000, (99.5, 1.0)), (12, (50.0, 50.0))):
+        assert "too narrow" not in report.footer(rows(dialogues, *wins))
+    assert report.footer(rows(12, 50.0, 50.0)).endswith("12 dialogues, too few for that: such intervals hold the truth in 88 to "
+                                                        "96 % of cases from 30 to 70 %")  # fmt: skip
+    assert "too few" not in report.footer(rows(100, 50.0, 50.0))
 
 
 # --- length control ---------------------------------------------------------------------------------------------
