@@ -37,7 +37,7 @@ from machinery.ranks import barrier, in_waves, on_rank_0, one_line, rank, start_
 from machinery.report import footer, side_by_side, table, turns_figure
 from machinery.rewards import shared
 from machinery.settings import Parser, is_hh, read_config
-from machinery.template import encode, load_tokenizer
+from machinery.template import encode, load_tokenizer, tokens_read
 from machinery.users import check_failures
 from simulator import Dialogue, rollout
 
@@ -116,7 +116,7 @@ def length_controlled(verdict_N, difference_N, ridge=1e-2):
 
 
 def lengths(dialogues, turns=None):
-    """Tokens of all answers that are seen at each stage: (N, H)."""
+    """Tokens of all answers up to each stage: (N, H)."""
     columns = []
     for stage in stages(dialogues, turns):
         columns.append([d.tokens_said() for d in stage])
@@ -132,13 +132,26 @@ def scored(dialogues, reward, turns=None):
     return reward_NH
 
 
-def at_equal_length(dialogues, reference, verdict_NH, turns):
+def as_read(dialogues, tokenizer):
+    """The dialogues, each span without the answer's thoughts, which no judge reads."""
+    shown = []
+    for d in dialogues:
+        spans = []
+        for h, (_, end) in enumerate(d.spans, 1):
+            spans.append((end - tokens_read(tokenizer, d.answer(h), d.messages[2 * h - 1]["content"]), end))
+        shown.append(replace(d, spans=spans))
+    return shown
+
+
+def at_equal_length(dialogues, reference, verdict_NH, turns, tokenizer=None):
     """Tokens of answer h, for the turns that anybody has, and of an answer on average; the win rates at equal length; of
-    dialogues whose tokens are known."""
-    seen_NH = lengths(dialogues, turns)  # what the judge saw at turn h
-    longer_NH = seen_NH - lengths(reference, turns)
+    dialogues whose tokens are known. With a tokenizer a thought is a cost, and no length to a judge."""
+    said_NH = lengths(dialogues, turns)
+    if tokenizer is not None:
+        dialogues, reference = as_read(dialogues, tokenizer), as_read(reference, tokenizer)
+    longer_NH = lengths(dialogues, turns) - lengths(reference, turns)  # of what the judge saw at turn h
     turns_N = np.array([len(d.spans) for d in dialogues])
-    answer_NH = np.diff(seen_NH, axis=1, prepend=0) if turns else seen_NH / turns_N[:, None]  # tokens an answer
+    answer_NH = np.diff(said_NH, axis=1, prepend=0) if turns else said_NH / turns_N[:, None]  # tokens an answer
     there_NH = turns_N[:, None] > np.arange(turns) if turns else np.ones((len(dialogues), 1))  # who has an answer h
     length_H = answer_NH.sum(0)[there_NH.any(0)] / there_NH.sum(0)[there_NH.any(0)]
     controlled_H = np.array([length_controlled(v, x) for v, x in zip(verdict_NH.T / 100, longer_NH.T)])
@@ -146,9 +159,10 @@ def at_equal_length(dialogues, reference, verdict_NH, turns):
             "length_avg": answer_NH.sum() / there_NH.sum()}  # fmt: skip
 
 
-def summary(dialogues, reference, judge, reward, turns=None, earned=None, same_words=True):
+def summary(dialogues, reference, judge, reward, turns=None, earned=None, same_words=True, tokenizer=None):
     """One row of results.json: a policy's dialogues against the reference's, from the same openings; turns: see stages.
-    earned: a list that takes each dialogue's reward as it ended; same_words: one vocabulary, so that tokens compare."""
+    earned: a list that takes each dialogue's reward as it ended; same_words: one vocabulary, so that tokens compare;
+    tokenizer: that vocabulary's, where answers may have thoughts."""
     before = Counter(getattr(judge, "counts", ()))
     if turns is None:
         turns = max(len(d.spans) for d in (*dialogues, *reference))
@@ -161,7 +175,7 @@ def summary(dialogues, reference, judge, reward, turns=None, earned=None, same_w
     row = {"win": win_H, "low": low_H, "high": high_H, "avg": win_H.mean(), "avg_low": avg_low, "avg_high": avg_high,
            "reward": reward_NH.mean(0), "reward_error": reward_NH.std(0) / len(reward_NH) ** 0.5}  # fmt: skip
     if same_words and all(d.ids for d in dialogues):
-        row |= at_equal_length(dialogues, reference, verdict_NH, turns)
+        row |= at_equal_length(dialogues, reference, verdict_NH, turns, tokenizer)
     if hasattr(judge, "counts"):
         for name in ("asked", "flips", "unparsable", "unanswered"):
             row[name] = judge.counts[name] - before[name]
@@ -358,7 +372,8 @@ def evaluate(policies, folder, policy, user, reward, cfg, judge=None, kl=True):
     for name, dialogues in played.items():
         rewards = []
         same = not outside.is_outside(paths[name]) and engines.vocabulary(paths[name]) == engines.vocabulary(cfg.reference)
-        row = summary(dialogues, played["base"], judge or by_reward(scores), scores, judged_turns(cfg), rewards, same)
+        row = summary(dialogues, played["base"], judge or by_reward(scores), scores, judged_turns(cfg), rewards, same,
+                      policy.tokenizer)  # fmt: skip
         row |= divergence.get(name, {})
         row |= {"failed": len(prompts) - len(dialogues), "command": " ".join(["python", *sys.argv])}
         results[name], earned[name] = row, [None] * len(prompts)

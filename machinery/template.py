@@ -1,4 +1,5 @@
 """A chat template's own tokens: what it writes around a user's text, what ends an answer, and text that stays text."""
+import bisect
 import datetime
 import functools
 import json
@@ -266,6 +267,15 @@ def without_thoughts(text):
     """
     text = text.rpartition("</think>")[2].strip()
     return "" if text.startswith("<think>") else text
+
+
+def tokens_read(tokenizer, ids, text):
+    """How many of an answer's ids are in its text (`said`): all, or those behind its thoughts."""
+    if not text:
+        return min(1, len(ids))  # it ended at once, or within its thoughts
+    if "</think>" in text or "</think>" not in tokenizer.decode(ids):  # what a thought began is not in the text
+        return len(ids)
+    return len(ids) - bisect.bisect_left(range(len(ids)), True, key=lambda n: "</think>" not in tokenizer.decode(ids[n:]))
 
 
 def checked(text):

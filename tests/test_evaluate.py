@@ -12,7 +12,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
-from helpers import KEY, ROOT, dialogue, everything_in, last_number, on, sides
+from helpers import CHATML, KEY, ROOT, dialogue, everything_in, last_number, make_bpe, on, sides
 from machinery import report
 import pytest
 import torch
@@ -185,8 +185,8 @@ def test_the_footer_names_the_rows_whose_intervals_are_too_narrow_at_any_number_
         assert report.footer(rows(dialogues, *wins)).endswith(narrow)
     for dialogues, wins in ((100, (95.0, 60.0)), (1000, (99.5, 1.0)), (12, (50.0, 50.0))):
         assert "too narrow" not in report.footer(rows(dialogues, *wins))
-    assert report.footer(rows(12, 50.0, 50.0)).endswith("12 dialogues, too few for that: such intervals hold the truth in 88 to "
-                                                        "96 % of cases from 30 to 70 %")  # fmt: skip
+    few = "12 dialogues, too few for that: such intervals hold the truth in 88 to 96 % of cases from 30 to 70 %"
+    assert report.footer(rows(12, 50.0, 50.0)).endswith(few)
     assert "too few" not in report.footer(rows(100, 50.0, 50.0))
 
 
@@ -236,6 +236,23 @@ def test_length_control_stays_finite_when_one_side_sweeps_or_lengths_decide(verd
     assert abs(swept - 100 * verdict) < 0.5 and np.isfinite(swept)
     signs_N = np.repeat([-1.0, 1.0], 20)  # the longer one always wins: nothing is left at equal length
     assert abs(length_controlled((1 + signs_N) / 2, signs_N) - 50) < 1e-6
+
+
+@pytest.mark.parametrize("thought", ["<think>hm {}</think>", "<think>\nhm {}\n</think>\n\n"])
+@pytest.mark.parametrize("control", [[], ["<think>", "</think>"]])  # spelled, or tokens of their own
+def test_thoughts_that_no_judge_reads_are_no_length_and_still_a_cost(thought, control):
+    tokenizer = make_bpe(CHATML, ["<|im_start|>", "<|im_end|>", *control], None, "<|im_end|>")
+    silent, thinking = [], []
+    for i in range(40):
+        for dialogues, text in ((silent, ""), (thinking, thought.format("the user asks " * (1 + i % 7)))):
+            ids = tokenizer.encode(f"{text}it is {i} miles<|im_end|>", add_special_tokens=False)
+            dialogues.append(Dialogue.start(tokenizer, "how far?").add_answer(tokenizer, ids))
+    assert [d.messages for d in silent] == [d.messages for d in thinking]
+    judge, reward = lambda a, b: np.array([1.0, 1.0, 0.5, 0.0] * 10), lambda ds: np.zeros(len(ds))  # noqa: E731
+    same = evaluate.summary(silent, silent, judge, reward, tokenizer=tokenizer)
+    assert same == evaluate.summary(silent, silent, judge, reward)
+    row = evaluate.summary(thinking, silent, judge, reward, tokenizer=tokenizer)
+    assert row["win_controlled"] == pytest.approx(same["win_controlled"], abs=1) and row["length"] > same["length"]
 
 
 # --- KL ---------------------------------------------------------------------------------------------------------

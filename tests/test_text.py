@@ -60,6 +60,21 @@ def test_thoughts_stay_in_the_ids_and_out_of_the_messages(tokenizers, sampled, t
     assert sampled.removesuffix("<|im_end|>") in tokenizer.decode(d.ids)
 
 
+@pytest.mark.parametrize("sampled, read", [
+    ("<think>\nhm\n</think>five miles<|im_end|>", "five miles<|im_end|>"),
+    ("<think>a</think><think>b</think>five<|im_end|>", "five<|im_end|>"),
+    ("five miles<|im_end|>", "five miles<|im_end|>"),
+    ("a tag </think> is closed<|im_end|>", "a tag </think> is closed<|im_end|>"),
+    ("<think>hm hm", "h"),  # nothing, as much as an answer that ends at once
+    ("<|im_end|>", "<|im_end|>"),
+])  # fmt: skip
+def test_the_tokens_that_are_read_of_an_answer_are_those_behind_its_thoughts(sampled, read):
+    tokenizer = make_bpe(CHATML, ["<|im_start|>", "<|im_end|>", "<think>", "</think>"], None, "<|im_end|>")
+    ids = ids_of(tokenizer, sampled)
+    text = template.said(tokenizer, ids, "<|im_end|>" not in sampled)
+    assert template.tokens_read(tokenizer, ids, text) == len(ids_of(tokenizer, read))
+
+
 def test_a_thought_that_the_header_began_is_one():
     opened = CHATML.replace("\n{{ m['content'] }}", "\n{% if m['role'] == 'assistant' %}<think>\n{% endif %}{{ m['content'] }}")
     opened = opened.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
