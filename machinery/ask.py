@@ -60,7 +60,8 @@ class Server:
         self.options = dict(temperature=0, max_tokens=512, whole=False) | options
         self.refused = set()  # the parameters that this server does not take
         self.certificates, self.loops = None, set()  # what is being asked, in whatever threads
-        self.echo = echo(self.key) if len(self.key) > 7 else None  # a placeholder such as EMPTY is no secret
+        placeholder = re.fullmatch(r".{,7}|[A-Za-z _-]{,20}", self.key)  # EMPTY, not-needed: no secret, but a reply's words
+        self.echo = None if placeholder else echo(self.key)
 
     def __call__(self, prompts, seeds=None, allowed=None):
         """(number, reply, None) or (number, None, why) as they come; given up after `allowed` failures, and what was

@@ -63,7 +63,7 @@ class Served(Server):
 
     def __init__(self, path, log, room, share, flag="--user", **options):
         super().__init__(*start(path, log, room, share), timeout=1800, tries=3, flag=flag, **options)
-        self.path, self.log, self.key = path, log, ""
+        self.path, self.log, self.key, self.echo = path, log, "", None
 
     def __call__(self, prompts, seeds=None, allowed=None):
         for i, reply, why in super().__call__(prompts, seeds, allowed):

@@ -537,7 +537,7 @@ def shows(text, key):
     return any(key[i : i + 6] in text for text in seen for i in range(len(key) - 5))
 
 
-@pytest.mark.parametrize("key", [KEY, ODD, "12345678", "a/b+c/d+e/f=="])
+@pytest.mark.parametrize("key", [KEY, ODD, "12345678", "a/b+c/d+e/f==", "correct-horse-battery-staple"])
 def test_a_key_is_hidden_in_whatever_form_it_comes_back(key, serve, monkeypatch):
     key = key.encode("ascii", "ignore").decode()
     monkeypatch.setenv("OPENAI_API_KEY", key)
@@ -552,6 +552,14 @@ def test_a_key_is_hidden_in_whatever_form_it_comes_back(key, serve, monkeypatch)
         assert "***" in (text or why) and not shows(text or why, key), replies[i]
     error = ask.one_line(f"ValueError {key} and {key!r}")
     assert not shows(error, key)
+
+
+@pytest.mark.parametrize("key", ["EMPTY", "anything", "not-needed", "placeholder", "sk-no-key-required", "no key needed"])
+def test_a_key_that_is_only_words_is_no_secret_and_rewrites_no_reply(key, serve, monkeypatch):
+    server = serve(lambda *_: f"is there {key} else?")
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    assert list(Server(server.url, "m", tries=1)(["hello"])) == [(0, f"is there {key} else?", None)]
+    assert server.requests[0][1]["Authorization"] == f"Bearer {key}"
 
 
 def test_hiding_a_key_takes_time_linear_in_the_reply():

@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from helpers import ROOT, make_asker
+from helpers import KEY, ROOT, make_asker
 from machinery import users
 import pytest
 
@@ -158,6 +158,13 @@ def test_vllm_plays_the_user_and_its_death_stops_the_run_in_one_line(cfg, tmp_pa
         user.reply([d] * 30)
     assert time.monotonic() - began < 60 and watchdogs[0].wait(30) is not None
     serve.start.cache_clear()
+
+
+def test_the_nodes_server_gets_no_key_and_its_replies_are_not_searched_for_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(serve, "start", lambda *_: ("http://127.0.0.1:9/v1", "m"))
+    ask = serve.Served(str(tmp_path), str(tmp_path / "user_0.log"), 512, None)
+    assert ask.key == "" and ask.hidden(f"is it {KEY} ?") == f"is it {KEY} ?"
 
 
 def test_a_served_user_is_checked_before_anything_is_started(cfg, monkeypatch):
