@@ -91,7 +91,10 @@ def user_prompt(messages):
 
 MARK = re.compile(r"^[ \t]*\**Question\**:\**", re.MULTILINE)
 INLINE = re.compile(r"(?<=[.!?])[ \t]+\**Question\**:\**")  # on the justification's own line, behind its sentence
-SPEAKER = re.compile(r"^[ \t]*###+[ \t]*(?:user|assistant|system)[ \t]*:.*", re.MULTILINE | re.DOTALL | re.IGNORECASE)
+OTHERS = "Justification|Answer|Response|Assistant|User"  # what stands behind them is not the question's
+BEHIND = re.compile(rf"(?:^[ \t]*###+[ \t]*\**(?:\w+(?: \w+)?\**[ \t]*:|(?:{OTHERS})\**[ \t]*$)|"
+                    rf"(?<=\n)[ \t]*\**(?:{OTHERS})\**:).*", re.MULTILINE | re.DOTALL | re.IGNORECASE)  # fmt: skip
+PLACEHOLDER = USER_PROMPT.rpartition("Question: ")[2]
 
 
 def next_question(reply, longest):
@@ -100,19 +103,23 @@ def next_question(reply, longest):
 
     The released code cuts at the word wherever it stands, takes the whole reply, justification and all, where it is
     missing, and an empty turn where nothing follows it. A reasoning model's thoughts are not its reply, and a model that
-    plays the assistant as well ("### assistant:") is heard up to there.
+    goes on behind its question is heard up to there: up to a later line that begins with "Justification:", "Answer:",
+    "Response:", "Assistant:" or "User:", or a heading such as "### assistant:" or "### Instructions:". The prompt's own
+    "<question to ask next>" is no question.
 
     >>> next_question("Justification: to know. **Question:** How far is it?", 100)
     'How far is it?'
     >>> next_question('Justification: unclear.\\nQuestion: what is "Question: 5"?', 100)
     'what is "Question: 5"?'
+    >>> next_question("Question: How far is it?\\n\\nAssistant: 5 miles.\\n\\nUser: And by bus?", 100)
+    'How far is it?'
     """
     reply = without_thoughts(reply)
     marks = list(MARK.finditer(reply)) or list(INLINE.finditer(reply))[:1]
     if not marks:
         return None
-    text = SPEAKER.sub("", reply[marks[-1].end() :]).strip()
-    return text if 0 < len(text) <= longest else None
+    text = BEHIND.sub("", reply[marks[-1].end() :]).strip()
+    return text if 0 < len(text) <= longest and PLACEHOLDER not in text else None
 
 
 class DataUser:
