@@ -492,8 +492,7 @@ def check_trained(policies, cfg):
     """Refuse a policy that was trained at another temperature than it would play at, where its KL would be another's; say
     what else differs from its run's config.json, which may be meant."""
     for name, path in policies.items():
-        file = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(path))), "config.json")
-        run = files.read_json(file) if not outside.is_outside(path) and os.path.exists(file) else {}
+        run = next(iter(runs_behind(path)), {})
         then = run.get("temperature", cfg.temperature)
         if then != cfg.temperature and cfg.eval_temperature in (0, cfg.temperature):
             raise BadInput(f"--policy {path} was trained at --temperature {then:g}, not {cfg.temperature:g}: give that, or another "
