@@ -462,13 +462,13 @@ def offline_prompts(cfg, tokenizer, t, twice=False):
         logs = worlds.load_logs(cfg.dataset) if cfg.user == "dataset" else short_logs(cfg.dataset, cfg.max_turns)
     else:
         logs = getattr(data.load_data(cfg, tokenizer), "twice" if twice else "logs")
-    if cfg.num_prompts > len(logs):
-        raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(logs)} dialogues to roll in by")
-    rows = data.draw("offline", len(logs), cfg, t)
+    rows = range(len(logs))
     if cfg.eval_split == "validation" and not found:
         held = {p.text for p in first_prompts(cfg, "held back", tokenizer)}
         rows = [row for row in rows if logs[row].questions[0] not in held]
-    return Made(lambda i: replay(tokenizer, logs[i], twice, cfg.system), rows)
+    if cfg.num_prompts > len(rows):
+        raise BadInput(f"--num-prompts {cfg.num_prompts}: {cfg.dataset} has only {len(rows)} dialogues to roll in by")
+    return Made(lambda i: replay(tokenizer, logs[rows[i]], twice, cfg.system), data.draw("offline", len(rows), cfg, t))
 
 
 def hybrid_prompts(cfg, tokenizer, t):

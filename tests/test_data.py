@@ -671,6 +671,25 @@ def test_validation_prompts_are_of_the_last_fifth_and_nobody_trains_on_that_howe
     assert rolled_in and rolled_in <= trained and openings(simulator.offline_prompts(few, tokenizer, 1)) & judged
 
 
+def test_openings_held_back_for_validation_cost_an_offline_row_no_prompt(read, cfg, tmp_path):
+    path = str(write(tmp_path / "d.jsonl", [ultra(f"question {i}") for i in range(100)]))
+    read(path)
+    few = replace(cfg, dataset=path, user="http://localhost/v1", user_model="m", max_length=4000, max_dialogue=4000,
+                  max_new_tokens=100, eval_dialogues=8, num_prompts=60)  # fmt: skip
+    tokenizer = template.load_tokenizer(str(tmp_path / "tokenizer"))
+    tuned = replace(few, eval_split="validation")
+    online = simulator.train_prompts(replace(tuned, num_prompts=0), tokenizer, 1)
+    logs = data.load_data(few, tokenizer).logs
+    assert len(online) == 64 and len(logs) == 80  # a fifth is held back
+    for twice in (False, True):
+        assert len(simulator.offline_prompts(tuned, tokenizer, 1, twice)) == 60
+    assert len(simulator.hybrid_prompts(tuned, tokenizer, 1)) == 60
+    drawn = [logs[row].questions[0] for row in data.draw("offline", 80, few, 1)]
+    assert [d.messages[0]["content"] for d in simulator.offline_prompts(few, tokenizer, 1)[:]] == drawn
+    with pytest.raises(BadInput, match="has only 64 dialogues to roll in by"):
+        simulator.offline_prompts(replace(tuned, num_prompts=65), tokenizer, 1)
+
+
 def test_hh_text_is_read_as_before():
     log = data.logged(hh("q", "a", "r", "b"))
     assert (log.questions, log.answers, log.chosen, log.rejected) == (("q", "r"), ("a",), "b", "worse")
