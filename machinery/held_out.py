@@ -4,6 +4,7 @@ Minibatch descent on one data set fits the pairs' own noise after a while: the l
 iteration turns, and behind the turn the policy gets worse, whatever the loss is called. (The released code looks at 500
 held-out pairs every 100 updates, and trains on to the end.)
 """
+import math
 import os
 import shutil
 
@@ -45,7 +46,7 @@ class HeldOut:
             start = self.measure(np.array([pair.logps for pair in self.pairs]))
             self.looks[0] = start["held_out_loss"]
 
-    def measure(self, logps):
+    def measure(self, logps, steps=0):
         """Of the held-out pairs: the row's own loss, Eq. 1, and how far the log-ratios follow the rewards.
 
         logps: ln pi of y and y', one row a pair. held_out_share: the slope of the log-ratio's difference on eta times
@@ -62,7 +63,11 @@ class HeldOut:
             "held_out_sign_agreement": agree if decided_B.any() else torch.zeros(()),
             "held_out_share": (difference_B * target_B).sum() / (self.cfg.eta * target_B.square().sum().clamp(min=1e-12)),
         }
-        return {name: float(f"{value.item():.6g}") for name, value in found.items()}
+        found = {name: float(f"{value.item():.6g}") for name, value in found.items()}
+        if not math.isfinite(sum(found.values())):  # RLOO's ratio has no bound, and a loss of -inf would be the best
+            raise BadInput(f"iteration {self.t}: after {steps} steps the loss on held-out pairs is {found['held_out_loss']}, "
+                           f"Eq. 1 {found['held_out_eq1']}: a smaller --lr, or rewards of a smaller scale")  # fmt: skip
+        return found
 
     def resume(self, first_step, rows):
         """The looks of a training that was stopped, from its lines of metrics.jsonl before first_step; returns the step at
@@ -81,7 +86,7 @@ class HeldOut:
 
     def look(self, model, step):
         """Measure the model after this step; every rank takes its share of the pairs."""
-        found = self.measure(old_logps(model, self.pairs, self.cfg).numpy())
+        found = self.measure(old_logps(model, self.pairs, self.cfg).numpy(), step + 1)
         model.train()
         self.looks[step + 1] = found["held_out_loss"]
         return found | {"held_out_start": self.looks[0]}

@@ -8,6 +8,7 @@ import torch
 from helpers import random_pairs, with_logps
 
 import refuel
+from baselines import rloo_loss
 from machinery import files, fsdp
 from machinery.files import BadInput
 from machinery.held_out import HeldOut
@@ -50,6 +51,21 @@ def test_what_a_look_measures_by_hand(cfg):
     assert found["held_out_eq1"] == pytest.approx(total, rel=1e-4)
     assert found["held_out_sign_agreement"] == pytest.approx(agree) and found["held_out_share"] == pytest.approx(top / bottom, rel=1e-4)
     assert found["held_out_loss"] == pytest.approx(noise.sum() + 4, rel=1e-4)
+
+
+@pytest.mark.parametrize("both, loss", [(False, "-inf"), (True, "nan")])
+def test_a_look_that_is_not_finite_stops_the_run_and_is_no_best_one(both, loss, cfg, monkeypatch):
+    """RLOO's ratio overflows in float32 from 89 nats on: of the better answers, of both."""
+    pairs = [p._replace(logps=(-9.0, -9.0)) for p in with_rewards(random_pairs(160))]
+    held = HeldOut(pairs, replace(cfg, validation=20, patience=2), rloo_loss, 1)
+    reward_N2 = torch.tensor([p.rewards for p in held.pairs])
+    grown_N2 = (reward_N2 == reward_N2.max(1, keepdim=True).values).float() + both
+    monkeypatch.setattr("machinery.held_out.old_logps", lambda model, pairs, cfg: 200 * grown_N2 - 9)
+    with pytest.raises(BadInput, match=f"iteration 1: after 4 steps the loss on held-out pairs is {loss}, .*--lr") as stop:
+        held.look(torch.nn.Linear(1, 1), 3)
+    assert "\n" not in str(stop.value) and list(held.looks) == [0]
+    sane = held.measure((20 * grown_N2 - 9).numpy(), 4)
+    assert all(map(np.isfinite, sane.values()))
 
 
 @pytest.mark.parametrize("patience, looks, best, over", [
