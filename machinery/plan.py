@@ -203,9 +203,8 @@ def trainer(m, cfg, shards, ranks, pair, c=2):
     T = min(cfg.micro_tokens, mine)
     N = T * pair[1] / pair[0]
     weights, gradients, moments = 4 * P / shards, 4 * learned / shards, 8 * learned / shards
-    between = 0
-    if cfg.policy_every:  # setting two's moments outlive an update, and so does pi_0 where Eq. 11 asks for it
-        between = moments + (gradients if cfg.gamma else 0)
+    pi_0 = gradients if cfg.gamma else 0  # as many bytes, in every phase of a run with Eq. 11
+    between = pi_0 + (moments if cfg.policy_every else 0)  # setting two's moments outlive an update
     # what one layer keeps for its backward; a norm casts its input to float32
     passed = c * T * (9 * m.D + 2 * m.groups * m.head_dim + 4 * m.I) + (8 * T * m.D if c == 2 else 0)
     held = {"none": passed, "full": c * T * m.D,  # of a layer, until its backward
@@ -230,10 +229,9 @@ def trainer(m, cfg, shards, ranks, pair, c=2):
     return {
         "collect": weights + between,
         "check": weights + forward(300),
-        "log-probs": weights + between + (gradients if cfg.gamma else 0) + forward(T),
-        "train": weights + moments + between - (moments if cfg.policy_every else 0)
-        + max(earlier + max(head_step, layer_step), gradients + root_step),
-        "save": weights + max(moments, between) + whole,
+        "log-probs": weights + between + pi_0 + forward(T),  # the live weights lie beside it meanwhile
+        "train": weights + moments + pi_0 + max(earlier + max(head_step, layer_step), gradients + root_step),
+        "save": weights + moments + pi_0 + whole,
         "wake": weights + between + whole,
         "evaluate: KL": weights + forward(16384),
     }  # fmt: skip

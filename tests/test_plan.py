@@ -21,6 +21,7 @@ import refuel
 import toy
 from helpers import ROOT
 from machinery.files import BadInput
+from machinery.run import Run
 
 DEFAULTS = {name: options.get("default", False) for name, options in plan.FLAGS.items()}
 
@@ -202,6 +203,18 @@ def test_the_moments_are_gone_when_the_engine_wakes(cfg, monkeypatch):
     monkeypatch.setattr(cast[0], "update", lambda weights: seen.append([ref() is None for ref in moments]))
     refuel.train(replace(cfg, num_prompts=8, batch_size=8), cast)
     assert seen[0] == [] and len(seen) == 2 and len(seen[1]) > 20 and all(seen[1])
+
+
+@pytest.mark.parametrize("more", [{}, dict(policy_every=2), dict(train_layers=1)])
+def test_pi_0_is_planned_for_wherever_a_run_keeps_it(more, cfg):
+    """Eq. 11 is not setting two's alone: --gamma keeps the first weights that learn in any setting."""
+    cfg = replace(cfg, gamma=0.1, **more)
+    run = Run(cfg, refuel.load_policy(cfg.policy, cfg), None)
+    kept = sum(4 * p.numel() for p in run.pi_0.values())
+    m = plan.shape(cfg.policy)
+    without, planned = (plan.trainer(m, replace(cfg, gamma=gamma), 1, 1, (100, 50), c=4) for gamma in (0.0, 0.1))
+    copies = {phase: round((planned[phase] - without[phase]) / kept, 3) for phase in planned}
+    assert copies == {"collect": 1, "check": 0, "log-probs": 2, "train": 1, "save": 1, "wake": 1, "evaluate: KL": 0}
 
 
 @pytest.mark.parametrize("heads, groups, gpus, expected", [
