@@ -324,9 +324,14 @@ def check_names(cfg):
         load(path)
         if worlds.is_closed(path, f"--{name}") and cfg.dataset != path:
             raise BadInput(f"--{name} {path}: it knows nothing of --dataset {cfg.dataset}, but only its own prompts")
-    if cfg.user == "dataset" and worlds.world_file(cfg.dataset) and not worlds.has_questions(cfg.dataset):
-        raise BadInput(f"--user dataset: --dataset {cfg.dataset} holds no questions to come: its secrets are no lists of "
-                       "texts")  # fmt: skip
+    if cfg.user == "dataset" and worlds.world_file(cfg.dataset):
+        if not worlds.has_questions(cfg.dataset):
+            raise BadInput(f"--user dataset: --dataset {cfg.dataset} holds no questions to come: its secrets are no lists of "
+                           "texts")  # fmt: skip
+        most = worlds.most_questions(cfg.dataset)
+        if most > cfg.max_turns:  # one turn is played for each question
+            raise BadInput(f"--max-turns {cfg.max_turns}: --dataset {cfg.dataset} has a prompt of {most} questions: give "
+                           f"--max-turns {most}, or leave longer prompts out in its prompts(split)")  # fmt: skip
     if "://" in cfg.user:
         users.user_server(cfg)
     for name in ("policy", "reference", "reward", "user"):
@@ -459,7 +464,7 @@ def offline_prompts(cfg, tokenizer, t, twice=False):
     """The same for the baselines that roll in by the data: finished dialogues; twice: each with a second last answer."""
     found = worlds.world_file(cfg.dataset)
     if found:
-        logs = worlds.load_logs(cfg.dataset) if cfg.user == "dataset" else short_logs(cfg.dataset, cfg.max_turns)
+        logs = short_logs(cfg.dataset, cfg.max_turns)
     else:
         logs = getattr(data.load_data(cfg, tokenizer), "twice" if twice else "logs")
     rows = range(len(logs))

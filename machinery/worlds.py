@@ -153,6 +153,11 @@ def has_questions(name):
     return True
 
 
+def most_questions(name):
+    """The most questions of a prompt whose secret is a list of the user's further turns: its opening is one."""
+    return 1 + max(len(secret) for _, secret in load_prompts(name, "train") + load_prompts(name, "test"))
+
+
 def build_policy(name, flag="--policy"):
     """The folder of a world's own base policy, which it makes where there is none."""
     folder = call(part(name, "build_policy", flag), (), name, flag)

@@ -209,6 +209,22 @@ def test_questions_of_the_data_are_asked_for_in_both_splits(monkeypatch):
     assert worlds.has_questions("w.py")
 
 
+def test_max_turns_holds_for_a_world_whose_prompts_ask_their_own_questions(cfg, monkeypatch):
+    """Of a data set such prompts are dropped and counted (machinery/data.py); a world's author can leave them out."""
+    rows = {"train": [("a", ["b"])], "test": [("c", ["d", "e"])]}
+    monkeypatch.setattr(worlds, "load_prompts", lambda name, split: rows[split])
+    own = replace(cfg, user="dataset", reward="no.word", max_turns=3)
+    simulator.check_names(own)
+    with pytest.raises(BadInput, match="--max-turns 2: --dataset toy has a prompt of 3 questions: give --max-turns 3") as stop:
+        simulator.check_names(replace(own, max_turns=2))
+    assert "\n" not in str(stop.value)
+    simulator.short_logs.cache_clear()
+    monkeypatch.setattr(worlds, "load_logs", lambda name: [toy.load_logs()[row] for row in range(60)])
+    rolled_in = simulator.offline_prompts(replace(own, max_turns=2, num_prompts=0), template.load_tokenizer(cfg.policy), 1)
+    assert max(len(d.spans) for d in rolled_in[:]) == 2
+    simulator.short_logs.cache_clear()
+
+
 def test_a_worlds_longer_conversations_are_no_roll_ins(cfg, monkeypatch):
     logs = [toy.load_logs()[row] for row in range(60)]
     monkeypatch.setattr(worlds, "load_logs", lambda name: logs)
