@@ -25,6 +25,7 @@ import evaluate
 import refuel
 from machinery import files, page, plan, watch, worlds
 from machinery.files import BadInput, iteration_folder, policy_folder
+from machinery.held_out import best_look
 from machinery.ranks import barrier, one_line, rank, start_processes, world
 from machinery.report import footer, markdown, methods_figure, methods_table, whole_dialogues
 from machinery.run import open_folder
@@ -267,17 +268,22 @@ def curves(methods, cfg, cast):
 
 
 def snapshots(out, iterations):
-    """{step from the beginning: policy folder} of what a run has kept."""
+    """{step from the beginning: policy folder} of what a run has kept. With --patience an iteration's policy is that of its
+    best look: it stands at that step, the next iteration begins there, and what was trained after it is left out."""
     log = files.read_lines(os.path.join(out, "metrics.jsonl"))
+    patience = files.read_json(os.path.join(out, "config.json"))["patience"]
     steps_of = Counter(r["iteration"] for r in log if r["phase"] == "regress")
     found, done = {}, 0
     for t in range(1, iterations + 1):
         folder = iteration_folder(out, t)
         names = os.listdir(folder) if os.path.isdir(folder) else []  # most updates of setting two leave none
+        look = best_look(log, t) if patience else None
+        kept = look[0] if look else steps_of[t]
         steps = sorted(int(name[5:]) for name in names if name.startswith("step_") and name[5:].isdigit())
         for step in steps:
-            found[done + step] = os.path.join(folder, f"step_{step}")
-        done += steps_of[t]
+            if step <= kept:
+                found[done + step] = os.path.join(folder, f"step_{step}")
+        done += kept
         if "policy" in names:
             found[done] = policy_folder(out, t)
     return found

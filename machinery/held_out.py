@@ -117,6 +117,16 @@ class HeldOut:
         fsdp.read_slices(model, os.path.join(folder, f"best_{self.best()}") if self.best() else start)
 
 
+def best_look(log, t):
+    """(the step of iteration t's least held-out loss, 0 where pi_t was kept; the last step); None where nothing was held
+    out."""
+    looks = {}
+    for row in log:
+        if "held_out_loss" in row and row["iteration"] == t:
+            looks |= {0: row["held_out_start"], row["step"] + 1: row["held_out_loss"]}
+    return (min(looks, key=looks.get), max(looks)) if looks else None
+
+
 def remove_best(folder, but=frozenset()):
     """An iteration's best_STEP folders, but for those named."""
     if rank() == 0:

@@ -21,6 +21,7 @@ import baselines
 import evaluate
 from machinery import files, worlds
 from machinery.files import policy_folder
+from machinery.held_out import best_look
 from machinery.ranks import one_line, start_processes
 from machinery.report import markdown
 from machinery.run import open_folder
@@ -54,16 +55,6 @@ def rows(methods, vary, only, best):
             value = int(value) if name == "epochs" else value
             found.append((f"{method}.{name}_{value:g}", method, own | {name: value}))
     return found
-
-
-def best_look(log, t):
-    """(the step of iteration t's least held-out loss, 0 where pi_t was kept; the last step); None where nothing was held
-    out."""
-    looks = {}
-    for row in log:
-        if "held_out_loss" in row and row["iteration"] == t:
-            looks |= {0: row["held_out_start"], row["step"] + 1: row["held_out_loss"]}
-    return (min(looks, key=looks.get), max(looks)) if looks else None
 
 
 def main():

@@ -368,6 +368,27 @@ def test_figure_2_begins_at_a_half_where_the_reference_is_where_training_begins(
     assert baselines.curves(["refuel"], replace(cfg, reference="another"), ()) == {"refuel": [(3, 60.0)]}
 
 
+@pytest.mark.parametrize("patience, places", [
+    (2, {2: "1/step_2", 4: "2/policy", 6: "3/step_2", 7: "3/policy"}),
+    (0, {2: "1/step_2", 4: "1/step_4", 6: "1/step_6", 8: "1/policy", 10: "2/step_2", 12: "2/policy", 14: "3/step_2", 15: "3/policy"})])  # fmt: skip
+def test_figure_2_places_a_policy_at_its_best_look_and_leaves_out_what_was_trained_after_it(patience, places, tmp_path):
+    """Iteration 1 is best after 4 of 8 steps, 2 ends with the policy that it began with, 3 held nothing out."""
+    losses = {1: [0.5, 0.4, 0.3, 0.35, 0.36], 2: [0.2, 0.3, 0.4]}
+    rows, names = [], {1: ["step_2", "step_4", "step_6", "policy"], 2: ["step_2", "policy"], 3: ["step_2", "policy"]}
+    for t, steps in ((1, 8), (2, 4), (3, 3)):
+        for step in range(steps):
+            row = {"iteration": t, "phase": "regress", "step": step}
+            if t in losses and step % 2:
+                row |= {"held_out_start": losses[t][0], "held_out_loss": losses[t][(step + 1) // 2]}
+            rows.append(row)
+        for name in names[t]:
+            (tmp_path / f"iter_{t}" / name).mkdir(parents=True)
+    files.write_lines(str(tmp_path / "metrics.jsonl"), rows)
+    files.write_file(str(tmp_path / "config.json"), json.dumps({"patience": patience}))
+    found = baselines.snapshots(str(tmp_path), 3)
+    assert found == {step: str(tmp_path / f"iter_{place}") for step, place in places.items()}
+
+
 def test_every_iterations_optimiser_has_its_losss_epsilon(monkeypatch, base, tmp_path):
     made, make = [], refuel.make_optimizer
     monkeypatch.setattr(refuel, "make_optimizer", lambda *args: (made.append(make(*args)), made[-1])[1])
