@@ -18,6 +18,7 @@ from machinery import fsdp
 from machinery import logps
 import refuel
 from machinery import rewards
+from machinery import seams
 import simulator
 from simulator import Dialogue
 
@@ -203,8 +204,9 @@ def test_log_probs_of_dialogues_of_many_lengths_are_those_of_each_alone(model):
     assert logp_NH.shape == (2, 2) and logp_NH[0, 1] == 0.0
 
 
-def test_a_reward_is_computed_once_for_each_conversation():
+def test_a_reward_is_computed_once_for_each_conversation(monkeypatch):
     calls = []
+    monkeypatch.setattr(seams, "COMPARED", {os.path.realpath(__file__)})  # two of a process's first ones are asked alone
     scores = evaluate.shared(lambda ds: calls.extend(ds) or last_number(ds))
     some = [dialogue("1"), dialogue("2"), dialogue("1")]
     assert scores(some) == [1.0, 2.0, 1.0] and scores(some[:2]) == [1.0, 2.0] and len(calls) == 2
