@@ -6,7 +6,6 @@ have stated; beside them stand the paired differences of win rates over the dial
 the share of answers that ask goes with a row's average win rate over all trainings. Of several seeds also the win rates
 against the base policy of the other ones."""
 import argparse
-import glob
 import json
 import os
 import re
@@ -22,6 +21,7 @@ import baselines
 import evaluate
 import shop
 import toy
+from apart import apart, played
 from machinery import files
 from machinery.ranks import one_line
 from simulator import Dialogue
@@ -60,28 +60,6 @@ def counted(dialogues):
     return dict(zip(COLUMNS, [*shares, round(float(np.mean(stated)), 2)]))
 
 
-def played(folder):
-    """(its seed, {row: dialogues}, the rows without results); the base policy's are those of the first row."""
-    found, seeds, unfinished = {}, set(), []
-    for run in [folder, *sorted(glob.glob(os.path.join(glob.escape(folder), "*", "")))]:
-        results = os.path.join(run, "results.json")
-        finished = files.read_json(results) if os.path.exists(results) else {}
-        for place in sorted(glob.glob(os.path.join(glob.escape(run), "eval", "*.jsonl"))):
-            name = os.path.basename(place).removesuffix(".jsonl")
-            if name in found:
-                continue
-            found[name] = [Dialogue.from_json(row) for row in files.read_sealed(place)]
-            seeds.add(files.read_json(place.removesuffix("l"))["seed"])
-            unfinished += [name] * (name not in finished and name != "base")
-    if "base" not in found or len(seeds) > 1:
-        raise files.BadInput(f"{folder}: " + (f"rows of seeds {sorted(seeds)}" if seeds else "no dialogues of a base policy"))
-    openings = {name: [d.messages[0] for d in dialogues] for name, dialogues in found.items()}
-    for name in found:
-        if openings[name] != openings["base"]:
-            raise files.BadInput(f"{folder}: {name} was played from other openings than base")
-    return seeds.pop(), found, unfinished
-
-
 def with_win_rate(found):
     """{which rows: Pearson's correlation, over their trainings, of the share that asks with the average win rate}.
 
@@ -89,23 +67,6 @@ def with_win_rate(found):
     rows = {"all": found} | {data: [one for one in found if one[0].endswith(data)] for data in baselines.DATA}
     return {name: round(float(np.corrcoef(np.array([one[1:] for one in some]).T)[0, 1]), 3)
             for name, some in rows.items() if len(some) > 2}  # fmt: skip
-
-
-def apart(played):
-    """{row: in each seed its average win rate against the base policy as the other seeds played it}: the same customers, but
-    no draw of the sampler or the customers in common, which a win rate of one seed has.
-
-    played: {seed: {row: dialogues}}"""
-    scores = {seed: {name: evaluate.scored(rows[name], shop.reward, TURNS) for name in rows} for seed, rows in played.items()}
-    found = {}
-    for name in dict.fromkeys(name for rows in played.values() for name in sorted(rows) if name != "base"):
-        found[name] = []
-        for seed, rows in scores.items():
-            others = [scores[other]["base"] for other in scores if other != seed]
-            if name in rows:
-                verdicts = [(np.sign(rows[name] - base_NH) + 1) / 2 for base_NH in others]
-                found[name].append(round(float(100 * np.mean(verdicts)), 2))
-    return found
 
 
 def main():
@@ -130,7 +91,7 @@ def main():
                 rest[f"{name}, seed {seed}, played and not finished"] = one
         asking = {"asks and average win rate, correlation over trainings": with_win_rate(points)}
         if len(everything) > 1:
-            rest["average win rate against the base policy of the other seeds, in each seed"] = apart(everything)
+            rest["average win rate against the base policy of the other seeds, in each seed"] = apart(everything, shop.reward, TURNS)
         found = {"columns": COLUMNS, "answers": answers} | asking | {"differences": differences} | rest
         text = re.sub(r"[{\[][^{}\[\]]*[}\]]", lambda m: re.sub(r"\s*\n\s*", " ", m[0]), json.dumps(found, indent=1))
         if flags.out:

@@ -8,9 +8,11 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+from helpers import dialogue, last_number
 import pytest
 import torch
 
+import apart
 import baselines
 import grid
 from machinery import files, report
@@ -441,6 +443,14 @@ def test_seeds_of_unlike_runs_are_not_put_together(tmp_path):
             seeds.merged(runs)
     with pytest.raises(files.BadInput, match="refuel is in another folder"):
         seeds_of(tmp_path / "c", side=dict(x=side["x"], y=side["x"]))
+
+
+def test_draws_apart_are_those_of_the_other_seeds_base_policy():
+    one, two = ({"base": [dialogue(a), dialogue(b)], "refuel": [dialogue(c), dialogue(d)]} for a, b, c, d in ("1234", "4100"))
+    assert apart.apart({0: one, 1: two}, last_number, 1) == {"refuel": [50.0, 0.0]}
+    for played in ({0: one}, {0: one, 1: {"base": one["base"][:1]}}):
+        with pytest.raises(files.BadInput, match="two or more seeds are due, from the same openings"):
+            apart.apart(played, last_number, 1)
 
 
 def test_a_grid_says_where_each_iterations_best_look_was():
