@@ -332,7 +332,8 @@ def finished(played, reward, cfg):
         long[name] = int((~fit_N).sum())
     if (~fit).sum() > math.ceil(cfg.max_failures * len(fit)):
         raise BadInput(f"{(~fit).sum()} of {len(fit)} evaluation dialogues do not fit --max-length or --reward-tokens ({brief(long)}) and "
-                       f"would be left out for all policies; --max-failures is {cfg.max_failures:g}: raise the limits")  # fmt: skip
+                       f"would be left out for all policies; --max-failures is {cfg.max_failures:g}. Raise the limits; what is trained "
+                       "is kept, and evaluate.py plays it with others")  # fmt: skip
     if not good.any():
         raise BadInput("every evaluation dialogue failed")
     kept, rows = {}, np.flatnonzero(good).tolist()

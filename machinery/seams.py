@@ -23,7 +23,7 @@ def ask(user, dialogues):
         ASKED_TWICE.add(source(user.reply))
         few = slice(2)
         for d, text, again in zip(dialogues[few], texts[few], of_each(user.reply, dialogues[few], "--user"), strict=True):
-            if text != again:
+            if None not in (text, again) and text != again:  # it may fail now and then
                 raise BadInput(f"--user gave {text!r}, and {again!r} when asked again: it must keep nothing between calls, and draw from "
                                f"d.seed(...) alone (one that asks a server says threads = N): {opening(d)}{of(user.reply)}")  # fmt: skip
     return texts
@@ -51,9 +51,9 @@ def score(reward, dialogues):
 
 
 def compare(reward, dialogue, among_others, spread):
-    """A person's own reward must not depend on what else is in the batch (ranks, a mean of 0): its wave, not its user, would
-    decide what a dialogue is worth. Twice alone, since one that draws by itself tells nothing; 5 % of the spread is a
-    model's rounding."""
+    """A person's own reward must not depend on what else is in the batch (ranks, a mean of 0): its wave would decide what a
+    dialogue is worth. It is asked twice about it alone, since one that draws tells nothing; 5 % of the spread is a model's
+    rounding."""
     alone, again = (of_each(reward, [dialogue], "--reward")[0] for _ in range(2))
     if repr(alone) == repr(again) and (alone is None or not abs(float(alone) - among_others) <= 0.05 * spread):
         raise BadInput(f"--reward gave {among_others:.4g} to a dialogue among others, and {alone} to it alone; it must not depend "

@@ -33,7 +33,8 @@ class Config:
     user_model: str  # the model's name at a URL
     user_temperature: float  # of a language model as the user
     user_tokens: int  # its whole reply; a question that is cut off does not count
-    max_failures: float  # share of dialogues, rounded up, that the user may leave without a turn; above it the run stops
+    # share of dialogues, rounded up, that the user may leave without a turn, and in an evaluation that may not fit; above it
+    max_failures: float  # the run stops
     reward: str  # r(s_{H+1}): a checkpoint folder, a hub id, FILE.py, or toy
     reward_tokens: int  # a conversation that is longer for the reward model is dropped and counted, never cut
     dataset: str  # the first prompts: FILE.py, toy, ultrainteract, hh, a file of rows, a folder or a hub id

@@ -79,7 +79,7 @@ def test_dialogues_that_do_not_fit_are_named_and_refused_where_they_are_many(cfg
     assert "; 1 openings left out" in report.footer({"base": row})
     for i in range(4, 9):
         played["tuned"][i].failed = "too long"
-    with pytest.raises(BadInput, match="6 of 20 evaluation dialogues do not fit .*'base': 0, 'tuned': 6.* raise the limits"):
+    with pytest.raises(BadInput, match="6 of 20 evaluation dialogues do not fit .*'base': 0, 'tuned': 6.*0.05[.] Raise the limits"):
         evaluate.finished(played, last_number, cfg)
     assert len(evaluate.finished(played, last_number, replace(cfg, max_failures=0.5))[1]) == 14
     brief = SimpleNamespace(fits_dialogue=lambda d: d.failed is None and d is not played["base"][0])
