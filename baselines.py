@@ -12,7 +12,7 @@ import machinery  # noqa: F401  (first: it sets what torch and vLLM read when th
 import json
 import os
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from typing import Callable, NamedTuple
@@ -25,7 +25,7 @@ import evaluate
 import refuel
 from machinery import files, page, plan, watch, worlds
 from machinery.files import BadInput, iteration_folder, policy_folder
-from machinery.held_out import best_look
+from machinery.held_out import best_look, looks
 from machinery.ranks import barrier, one_line, rank, start_processes, world
 from machinery.report import footer, markdown, methods_figure, methods_table, whole_dialogues
 from machinery.run import open_folder
@@ -219,11 +219,8 @@ def add_costs(results, cfg):
         row["pairs"] = sum(line["pairs"] for line in collected)
         if all("pair_tokens" in line for line in collected):
             row["pair_tokens"] = sum(line["pair_tokens"] for line in collected)
-        looks = defaultdict(list)
-        for line in log:
-            if "held_out_loss" in line:
-                looks[line["iteration"]] += line["held_out_start"], line["held_out_loss"]
-        row["held_out"] = [[looks[t][0], min(looks[t])] if t in looks else None for t in trained] if looks else []
+        found = [looks(log, t) for t in trained]
+        row["held_out"] = [[each[0], min(each.values())] if each else None for each in found] if any(found) else []
         for name in ("P(H)", "P(h)"):
             turns = max(len(line[name]) for line in collected)
             counts_TN = [line["pairs"] * np.pad(line[name], (0, turns - len(line[name]))) for line in collected]

@@ -428,11 +428,12 @@ def command(argv):
     cfg, extra = read_config(rest, __doc__, **flags)
     if not own.policy:
         raise BadInput("--policy names at least one run folder, checkpoint folder or hub id")
-    asked = {"judge_model": "a URL", "judge_context": "a URL", "judge_tokens": "a language model"}
-    for name, whom in asked.items():
-        if extra[name] is not None and ("://" not in extra["judge"] if whom == "a URL" else extra["judge"] in ("reward", "world")):
-            raise BadInput(f"--{name.replace('_', '-')} is for {whom}, and --judge {extra['judge']} is none")
-    extra["judge_tokens"] = 512 if extra["judge_tokens"] is None else extra["judge_tokens"]
+    served, speaks = "://" in extra["judge"], extra["judge"] not in ("reward", "world")
+    for name, whom, is_one in (("model", "a URL", served), ("context", "a URL", served), ("tokens", "a language model", speaks)):
+        if extra[f"judge_{name}"] is not None and not is_one:
+            raise BadInput(f"--judge-{name} is for {whom}, and --judge {extra['judge']} is none")
+    if extra["judge_tokens"] is None:
+        extra["judge_tokens"] = 512
     if extra["judge_tokens"] < 1:
         raise BadInput(f"--judge-tokens must be positive, not {extra['judge_tokens']}")
     context = extra["judge_context"]

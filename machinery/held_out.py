@@ -73,7 +73,7 @@ class HeldOut:
         """The looks of a training that was stopped, from its lines of metrics.jsonl before first_step; returns the step at
         which it resumes."""
         if self.pairs:
-            self.looks |= {row["step"] + 1: row["held_out_loss"] for row in rows if "held_out_loss" in row}
+            self.looks |= looks(rows, self.t)
             every = self.cfg.checkpoint_steps
             absent = set(range(every, first_step + 1, every)) - self.looks.keys()
             if absent:  # with --patience they decide which policy is kept
@@ -117,14 +117,21 @@ class HeldOut:
         fsdp.read_slices(model, os.path.join(folder, f"best_{self.best()}") if self.best() else start)
 
 
+def looks(log, t):
+    """{steps: held-out loss} of iteration t, 0 steps among them, from lines of metrics.jsonl; empty where nothing was held
+    out."""
+    found = {}
+    for row in log:
+        if "held_out_loss" in row and row["iteration"] == t:
+            found |= {0: row["held_out_start"], row["step"] + 1: row["held_out_loss"]}
+    return found
+
+
 def best_look(log, t):
     """(the step of iteration t's least held-out loss, 0 where pi_t was kept; the last step); None where nothing was held
     out."""
-    looks = {}
-    for row in log:
-        if "held_out_loss" in row and row["iteration"] == t:
-            looks |= {0: row["held_out_start"], row["step"] + 1: row["held_out_loss"]}
-    return (min(looks, key=looks.get), max(looks)) if looks else None
+    found = looks(log, t)
+    return (min(found, key=found.get), max(found)) if found else None
 
 
 def remove_best(folder, but=frozenset()):

@@ -66,8 +66,8 @@ def footer(results):
     cut = ", ".join(f"{name} {row['cut']:.1f}" for name, row in results.items() if row.get("cut"))
     cut = f"; answers cut at the token limit, %: {cut}" if cut else ""
     lost = max(row.get("failed", 0) for row in results.values())
-    cut += f"; {lost} openings left out, on which a dialogue failed or did not fit" if lost else ""
-    return f"win rates are against base, ties half, 95 % bootstrap intervals over {dialogues} dialogues{few}{narrow}{cut}"
+    out = f"; {lost} openings left out, on which a dialogue failed or did not fit" if lost else ""
+    return f"win rates are against base, ties half, 95 % bootstrap intervals over {dialogues} dialogues{few}{narrow}{cut}{out}"
 
 
 def table(results):

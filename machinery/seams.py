@@ -8,7 +8,7 @@ import traceback
 
 from machinery.files import ROOT, BadInput, brief
 
-COMPARED, ASKED_TWICE = set(), set()  # files whose reward, whose user was asked about a dialogue again, once in a process
+MET = set()  # (file, flag) whose function was asked before: first_met
 END = object()  # a user's reply that ends the dialogue: it is finished with the turns that it has, and no failure
 MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, NameError)
 
@@ -19,10 +19,9 @@ def ask(user, dialogues):
     for d, text in zip(dialogues, texts, strict=True):
         if text is not None and text is not END and not (isinstance(text, str) and text.strip()):
             raise BadInput(f"--user gave {text!r} as a turn (None would be no turn): {opening(d)}{of(user.reply)}")
-    if source(user.reply) not in ASKED_TWICE | {None} and not getattr(user, "threads", 0):
-        ASKED_TWICE.add(source(user.reply))
-        few = slice(2)
-        for d, text, again in zip(dialogues[few], texts[few], of_each(user.reply, dialogues[few], "--user"), strict=True):
+    if not getattr(user, "threads", 0) and first_met(user.reply, "--user"):
+        few = dialogues[:2]
+        for d, text, again in zip(few, texts, of_each(user.reply, few, "--user")):
             if None not in (text, again) and text != again:  # it may fail now and then
                 raise BadInput(f"--user gave {text!r}, and {again!r} when asked again: it must keep nothing between calls, and draw from "
                                f"d.seed(...) alone (one that asks a server says threads = N): {opening(d)}{of(user.reply)}")  # fmt: skip
@@ -42,12 +41,20 @@ def score(reward, dialogues):
             raise BadInput(f"--reward gave {r!r} where a number is due: {opening(d)}{of(reward)}")
         if r is not None and not math.isfinite(scores[-1]):
             raise BadInput(f"the --reward of a dialogue is not finite ({r}): {opening(d)}{of(reward)}")
-    known = [(r, i) for i, r in enumerate(scores) if r is not None]
-    if source(reward) not in COMPARED | {None} and known and min(known)[0] < max(known)[0]:
-        COMPARED.add(source(reward))
-        for r, i in (min(known), max(known)):
-            compare(reward, dialogues[i], r, max(known)[0] - min(known)[0])
+    known = sorted((r, i) for i, r in enumerate(scores) if r is not None)
+    if known and known[0][0] < known[-1][0] and first_met(reward, "--reward"):
+        for r, i in (known[0], known[-1]):
+            compare(reward, dialogues[i], r, known[-1][0] - known[0][0])
     return scores
+
+
+def first_met(function, flag):
+    """Whether a person's own file is asked as --user or --reward for the first time in this process: it is then asked about
+    two dialogues once more."""
+    who = source(function), flag
+    first = who[0] is not None and who not in MET
+    MET.add(who)
+    return first
 
 
 def compare(reward, dialogue, among_others, spread):

@@ -262,8 +262,8 @@ def read_config(argv, description=None, **more):
         if name in given:
             extra[name] = given.pop(name)
     file = given.pop("world", None)
-    parts = {given.get(name, "") for name in ("dataset", "user", "reward")}
-    if file is None and len(parts) == 1 and min(parts).endswith(".py"):
+    parts = {given.get(name) for name in ("dataset", "user", "reward")}
+    if file is None and len(parts) == 1 and given.get("dataset", "").endswith(".py"):
         file = given["dataset"]  # what --world is short for: DEFAULTS go with BASELINES
     setting = given.pop("setting", "world" if file else None)
     if setting not in SETTINGS:
@@ -275,8 +275,9 @@ def read_config(argv, description=None, **more):
     if is_hh(dataset) and worlds.world_file(dataset) is None:
         values |= HH.get(setting, {})
     values |= own
-    if "policy" in given and not (file and "reference" in worlds.defaults(file)):
-        values["reference"] = given["policy"]  # win rates and KL are against where the training begins
+    begin = given.get("policy", own.get("policy"))
+    if begin and "reference" not in own:
+        values["reference"] = begin  # win rates and KL are against where the training begins
     if given.get("pairs"):
         values["iterations"] = 1  # a second one would train pi_2 on what pi_1 has said
     values |= given
@@ -296,8 +297,6 @@ def world_values(file):
         raise BadInput(f"--world {file}: a Python file, FILE.py, is due (docs/world.md)")
     stem = os.path.splitext(os.path.basename(worlds.world_file(file)))[0]
     own = typed(worlds.defaults(file), f"--world {file}", "DEFAULTS")
-    if "policy" in own:
-        own = {"reference": own["policy"]} | own
     return {"user": file, "reward": file, "dataset": file, "out": os.path.join("runs", stem)} | own
 
 

@@ -92,8 +92,9 @@ def user_prompt(messages):
 MARK = re.compile(r"^[ \t]*\**Question\**:\**", re.MULTILINE)
 INLINE = re.compile(r"(?<=[.!?])[ \t]+\**Question\**:\**")  # on the justification's own line, behind its sentence
 OTHERS = "Justification|Answer|Response|Assistant|User"  # what stands behind them is not the question's
-BEHIND = re.compile(rf"(?:^[ \t]*###+[ \t]*\**(?:\w+(?: \w+)?\**[ \t]*:|(?:{OTHERS})\**[ \t]*$)|"
-                    rf"(?<=\n)[ \t]*\**(?:{OTHERS})\**:).*", re.MULTILINE | re.DOTALL | re.IGNORECASE)  # fmt: skip
+HEADING = rf"^[ \t]*###+[ \t]*\**(?:\w+(?: \w+)?\**[ \t]*:|(?:{OTHERS})\**[ \t]*$)"  # "### Instructions:", "### Answer"
+LINE = rf"(?<=\n)[ \t]*\**(?:{OTHERS})\**:"  # "**Answer:**", not on the question's own line
+BEHIND = re.compile(f"(?:{HEADING}|{LINE}).*", re.MULTILINE | re.DOTALL | re.IGNORECASE)
 PLACEHOLDER = USER_PROMPT.rpartition("Question: ")[2]
 
 

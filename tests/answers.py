@@ -91,7 +91,9 @@ def main():
                 rest[f"{name}, seed {seed}, played and not finished"] = one
         asking = {"asks and average win rate, correlation over trainings": with_win_rate(points)}
         if len(everything) > 1:
-            rest["average win rate against the base policy of the other seeds, in each seed"] = apart(everything, shop.reward, TURNS)
+            found = apart(everything, shop.reward, TURNS).items()
+            rest["average win rate against the base policy of the other seeds, in each seed"] = {
+                name: [round(against_others, 2) for _, against_others in values] for name, values in found}  # fmt: skip
         found = {"columns": COLUMNS, "answers": answers} | asking | {"differences": differences} | rest
         text = re.sub(r"[{\[][^{}\[\]]*[}\]]", lambda m: re.sub(r"\s*\n\s*", " ", m[0]), json.dumps(found, indent=1))
         if flags.out:

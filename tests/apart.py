@@ -44,8 +44,8 @@ def played(folder):
 
 
 def apart(played, reward, turns):
-    """{row: in each seed its average win rate against the base policy as the other seeds played it}: the same openings, but
-    no draw of the sampler or the user in common.
+    """{row: [(its average win rate against its own base policy, against the base policy as the other seeds played it)], a
+    seed each}: the latter with the same openings, but no draw of the sampler or the user in common.
 
     played: {seed: {row: dialogues}}"""
     openings = [[dialogue.messages[0] for dialogue in rows["base"]] for rows in played.values()]
@@ -56,9 +56,9 @@ def apart(played, reward, turns):
     for name in dict.fromkeys(name for rows in played.values() for name in sorted(rows) if name != "base"):
         found[name] = []
         for seed, rows in scores.items():
-            others = [scores[other]["base"] for other in scores if other != seed]
             if name in rows:
-                found[name].append(round(float(np.mean([win_rate(rows[name], base_NH) for base_NH in others])), 2))
+                win = {other: win_rate(rows[name], scores[other]["base"]) for other in scores}
+                found[name].append((win.pop(seed), float(np.mean(list(win.values())))))
     return found
 
 
@@ -82,9 +82,8 @@ def main():
         reward = worlds.load_reward(flags.world, "--world")
         lines = []
         for name, values in apart(everything, reward, flags.turns).items():
-            own = [rows for rows in everything.values() if name in rows]
-            common = [win_rate(*(evaluate.scored(rows[one], reward, flags.turns) for one in (name, "base"))) for rows in own]
-            lines.append([name, f"{np.mean(common):.1f}", f"{np.mean(values):.1f}", f"{np.mean(common) - np.mean(values):+.1f}"])
+            common, others = np.mean(values, axis=0)
+            lines.append([name, f"{common:.1f}", f"{others:.1f}", f"{common - others:+.1f}"])
         print("\n".join(markdown(["average win rate, %", "common draws", "draws apart", "difference"], lines)))
 
 

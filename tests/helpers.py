@@ -230,6 +230,12 @@ class Scripted:
         class Handler(BaseHTTPRequestHandler):
             protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
 
+            def do_GET(self):  # /health, /v1/models
+                self.send_response(200)
+                self.send_header("Content-Length", "29")
+                self.end_headers()
+                self.wfile.write(b'{"data": [{"id": "another"}]}')
+
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 scripted.requests.append((self.path, dict(self.headers), body))

@@ -167,8 +167,8 @@ def test_table_6_weighs_by_each_rows_own_lengths_and_setting_two_shows_table_2(t
     log = [{"iteration": t, "phase": "collect", "pairs": n, "P(H)": shares, "P(h)": [1.0], "seconds": 60.0,
             "pair_tokens": 10 * n}
            for t, n, shares in ((1, 30, [1.0]), (2, 10, [0.0, 1.0]))]  # fmt: skip
-    log += [{"iteration": t, "phase": "regress", "seconds": 0.0, "held_out_start": 0.5, "held_out_loss": loss}
-            for t, loss in ((1, 0.4), (1, 0.3), (1, 0.35), (2, 0.6))]  # fmt: skip
+    log += [{"iteration": t, "phase": "regress", "step": step, "seconds": 0.0, "held_out_start": 0.5, "held_out_loss": loss}
+            for step, (t, loss) in enumerate(((1, 0.4), (1, 0.3), (1, 0.35), (2, 0.6)))]  # fmt: skip
     for method in ("refuel", "rebel-mt-mixed"):
         (tmp_path / method).mkdir()
         files.write_lines(str(tmp_path / method / "metrics.jsonl"), log)
@@ -447,7 +447,7 @@ def test_seeds_of_unlike_runs_are_not_put_together(tmp_path):
 
 def test_draws_apart_are_those_of_the_other_seeds_base_policy():
     one, two = ({"base": [dialogue(a), dialogue(b)], "refuel": [dialogue(c), dialogue(d)]} for a, b, c, d in ("1234", "4100"))
-    assert apart.apart({0: one, 1: two}, last_number, 1) == {"refuel": [50.0, 0.0]}
+    assert apart.apart({0: one, 1: two}, last_number, 1) == {"refuel": [(100.0, 50.0), (0.0, 0.0)]}
     for played in ({0: one}, {0: one, 1: {"base": one["base"][:1]}}):
         with pytest.raises(files.BadInput, match="two or more seeds are due, from the same openings"):
             apart.apart(played, last_number, 1)

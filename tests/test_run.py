@@ -342,7 +342,7 @@ def number(d):
     (lambda ds: [float("nan") if len(ds) == 1 else number(d) for d in ds], "nan to it alone"),
 ])  # fmt: skip
 def test_a_reward_that_depends_on_the_batch_is_refused(reward, words, monkeypatch):
-    monkeypatch.setattr(seams, "COMPARED", set())
+    monkeypatch.setattr(seams, "MET", set())
     with pytest.raises(BadInput, match=words):
         simulator.score(reward, dialogues(3))
 
@@ -353,7 +353,7 @@ def test_a_reward_that_depends_on_the_batch_is_refused(reward, words, monkeypatc
     lambda ds: [None if number(d) == 1 else 3.0 for d in ds],
 ])  # fmt: skip
 def test_a_reward_that_is_rounded_or_drawn_is_not_refused_for_that(reward, monkeypatch):
-    monkeypatch.setattr(seams, "COMPARED", set())
+    monkeypatch.setattr(seams, "MET", set())
     assert len(simulator.score(reward, dialogues(3))) == 3
 
 
@@ -385,11 +385,11 @@ class Remembers(Forgetful):
 def test_a_user_with_a_memory_is_refused_and_a_server_may_draw(monkeypatch):
     """A conversation that is reset would meet what the user remembers of the first future."""
     for user, words in ((Forgetful(), None), (Remembers(threads=4), None), (Remembers(), "gave 'word 1', and 'word 2' when asked again")):
-        monkeypatch.setattr(seams, "ASKED_TWICE", set())
+        monkeypatch.setattr(seams, "MET", set())
         with pytest.raises(BadInput, match=words) if words else contextlib.nullcontext():
             assert len(seams.ask(user, dialogues(3))) == 3
     assert len(seams.ask(user, dialogues(3))) == 3  # once in a process
-    monkeypatch.setattr(seams, "ASKED_TWICE", set())
+    monkeypatch.setattr(seams, "MET", set())
     replies = iter([[None, "a"], ["b", None]])
     assert seams.ask(SimpleNamespace(reply=lambda ds: next(replies)), dialogues(2)) == [None, "a"]  # it may fail now and then
 
@@ -399,7 +399,7 @@ def test_a_user_with_a_memory_is_refused_and_a_server_may_draw(monkeypatch):
     (["a", 5, "c"], ("--user", "5", "opening 1")), ("abc", ("--user", "3 values for 3")),
 ])  # fmt: skip
 def test_what_a_user_gives_is_checked_where_it_enters(texts, words, monkeypatch):
-    monkeypatch.setattr(seams, "ASKED_TWICE", {os.path.realpath(__file__)})
+    monkeypatch.setattr(seams, "MET", {(os.path.realpath(__file__), "--user")})
     with pytest.raises(BadInput) as stop:
         seams.ask(Says(texts), dialogues(3))
     for word in words:

@@ -5,10 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from helpers import KEY, ROOT, make_asker
 from machinery import users
@@ -29,32 +27,6 @@ def fake(monkeypatch):
     serve.start.cache_clear()
     yield
     serve.start.cache_clear()
-
-
-@pytest.fixture
-def serve_models():
-    """name -> the port of a server, of another run say, that has a model of this name."""
-    servers = []
-
-    class Models(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps({"data": [{"id": servers[-1].name}]}).encode())
-
-        def log_message(self, *_):
-            pass
-
-    def start(name):
-        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Models))
-        servers[-1].name = name
-        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
-        return servers[-1].server_address[1]
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture
@@ -124,10 +96,11 @@ def test_a_server_that_is_never_ready_is_ended(tmp_path, monkeypatch, watchdogs)
     assert watchdogs[0].poll() is not None
 
 
-def test_another_runs_server_on_the_same_port_is_not_taken_for_the_runs_own(tmp_path, monkeypatch, watchdogs, serve_models):
+def test_another_runs_server_on_the_same_port_is_not_taken_for_the_runs_own(tmp_path, monkeypatch, watchdogs, request):
     words = "import time; time.sleep(2); raise OSError('address already in use')"
     monkeypatch.setattr(serve, "command", lambda *_: [sys.executable, "-c", words])
-    monkeypatch.setattr(serve, "free_port", lambda: serve_models("user-0123456789abcdef"))
+    other = request.getfixturevalue("serve")(None)
+    monkeypatch.setattr(serve, "free_port", lambda: other.server.server_address[1])
     serve.start.cache_clear()
     with pytest.raises(BadInput, match="ended before it was ready: OSError: address already in use"):
         serve.start("a model", str(tmp_path / "user_0.log"), 9, None)

@@ -206,7 +206,7 @@ def test_log_probs_of_dialogues_of_many_lengths_are_those_of_each_alone(model):
 
 def test_a_reward_is_computed_once_for_each_conversation(monkeypatch):
     calls = []
-    monkeypatch.setattr(seams, "COMPARED", {os.path.realpath(__file__)})  # two of a process's first ones are asked alone
+    monkeypatch.setattr(seams, "MET", {(os.path.realpath(__file__), "--reward")})  # two of the first are asked alone
     scores = evaluate.shared(lambda ds: calls.extend(ds) or last_number(ds))
     some = [dialogue("1"), dialogue("2"), dialogue("1")]
     assert scores(some) == [1.0, 2.0, 1.0] and scores(some[:2]) == [1.0, 2.0] and len(calls) == 2
